@@ -1,0 +1,67 @@
+"""What the FFN ops share: the weights of one feed-forward network, their checks, and its hidden value.
+
+Shape suffixes: D model width, F neurons; any leading dimensions come before them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lte_compile.kernels.activations import find_activation
+
+
+class FfnWeights(NamedTuple):
+    """One FFN in nn.Linear orientation. Gated (`gate` given): act(x gate^T) * (x up^T); plain: act(x up^T).
+
+    The order is that of the ops' arguments.
+    """
+
+    up_FD: Tensor
+    gate_FD: Tensor | None
+    down_DF: Tensor
+    up_bias_F: Tensor | None
+    gate_bias_F: Tensor | None
+    down_bias_D: Tensor | None
+
+
+def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str) -> None:
+    """ValueError unless x, the weights and the biases fit one another and share one floating dtype."""
+    find_activation(activation)
+    up, gate, down, up_bias, gate_bias, down_bias = weights
+    if x_D.ndim < 1 or up.ndim != 2 or up.shape[1] != x_D.shape[-1]:
+        raise ValueError(
+            f"w_up must be [neurons, width] for x [..., width]; got {list(up.shape)} and {list(x_D.shape)}"
+        )
+    neurons, out_width = up.shape[0], down.shape[0]
+    _check_shape("w_gate", gate, (neurons, up.shape[1]))
+    _check_shape("w_down", down, (out_width, neurons))
+    _check_shape("b_up", up_bias, (neurons,))
+    _check_shape("b_gate", gate_bias, (neurons,))
+    _check_shape("b_down", down_bias, (out_width,))
+    if gate is None and gate_bias is not None:
+        raise ValueError("b_gate was given without w_gate")
+    dtypes = {t.dtype for t in weights if t is not None}
+    if len(dtypes) > 1 or not (up.is_floating_point() and x_D.is_floating_point()):
+        raise ValueError(f"the FFN's weights and biases need one floating dtype; got {sorted(map(str, dtypes))}")
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
+
+
+def hidden_value(x_D: Tensor, weights: FfnWeights, activation: str) -> Tensor:
+    """The value [..., F] that the down-projection reads, before any gate."""
+    act = find_activation(activation).apply
+    up_F = F.linear(x_D, weights.up_FD, weights.up_bias_F)
+    if weights.gate_FD is None:
+        return act(up_F)
+    return act(F.linear(x_D, weights.gate_FD, weights.gate_bias_F)) * up_F
+
+
+def project_down(hidden_F: Tensor, weights: FfnWeights) -> Tensor:
+    """[..., F] -> [..., D]. The bias is added once and never gated."""
+    return F.linear(hidden_F, weights.down_DF, weights.down_bias_D)

@@ -1,0 +1,25 @@
+"""Memory layout of the down-projection: neuron-major, so that one neuron's weights lie together.
+
+Shape suffixes: D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def neuron_major(weight_DF: Tensor) -> Tensor:
+    """The same [D, F] values, F slowest in memory: `.t()` is contiguous. Itself if it is so already."""
+    _check_matrix(weight_DF)
+    return weight_DF if is_neuron_major(weight_DF) else weight_DF.t().contiguous().t()
+
+
+def is_neuron_major(weight_DF: Tensor) -> bool:
+    """Whether each neuron's D weights of a down-projection [D, F] are contiguous, neuron after neuron."""
+    _check_matrix(weight_DF)
+    return weight_DF.t().is_contiguous()
+
+
+def _check_matrix(weight_DF: Tensor) -> None:
+    if weight_DF.ndim != 2:
+        raise ValueError(f"a down-projection is a matrix [width, neurons]; got shape {list(weight_DF.shape)}")

@@ -1,0 +1,40 @@
+"""The reference of lte::sparse_ffn, and the call that every implementation of it takes.
+
+Shape suffixes: T tokens (all leading dimensions), D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lte_compile.kernels.experts import expand_to_neurons
+from lte_compile.kernels.ffn import FfnWeights, hidden_value, project_down
+from lte_compile.kernels.route import route_reference
+
+
+class SparseFfnCall(NamedTuple):
+    """The arguments of one call of lte::sparse_ffn, checked."""
+
+    x_D: Tensor
+    router_ED: Tensor
+    router_bias_E: Tensor | None
+    weights: FfnWeights
+    activation: str
+    expert_size: int
+    tau: float
+    offsets_E1: Tensor | None
+
+
+def active_experts(call: SparseFfnCall) -> Tensor:
+    """Bool [..., E]: score > tau, decided in fp32 (fp64 for fp64 x) on x as it came. NaN > tau is False."""
+    return route_reference(call.x_D, call.router_ED, call.router_bias_E) > call.tau
+
+
+def sparse_ffn_reference(call: SparseFfnCall) -> Tensor:
+    """Every expert computed, the unselected ones set to zero: right for any shape, dtype and device."""
+    active_E = active_experts(call)
+    hidden_F = hidden_value(call.x_D.to(call.weights.up_FD.dtype), call.weights, call.activation)
+    active_F = expand_to_neurons(active_E, hidden_F.shape[-1], call.expert_size, call.offsets_E1)
+    return project_down(hidden_F.masked_fill(~active_F, 0), call.weights)

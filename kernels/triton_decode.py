@@ -1,0 +1,106 @@
+"""lte::sparse_ffn for one token on a GPU: two Triton launches that read the router and the active experts' weights.
+
+Launch 1 (`route_up`): each program recomputes its expert's score (a few KB, shared through L2 by the expert's
+programs), stops if the expert is inactive, and otherwise computes a few of its neurons.
+Launch 2 (`down`): each program lists the active experts by a prefix sum over the flags, adds its share of their rows
+of the neuron-major down-projection, and stores a partial sum. The last program to arrive adds the partial sums in
+a fixed order, so results are bit-equal from run to run.
+
+No host sync, a fixed grid, no memory kept between calls: one CUDA graph serves every mask. Accumulates in fp32.
+Shape suffixes: D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lte_compile.kernels.decode_kernels import down, route_up
+from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tile sizes (powers of two) of the two launches. `*_rows` neurons and `*_block` columns to a program or step."""
+
+    up_rows: int = 4
+    up_block: int = 1024
+    up_warps: int = 4
+    up_stages: int = 1
+    down_rows: int = 32
+    down_block: int = 256
+    down_splits: int = 32
+    down_warps: int = 2
+    down_stages: int = 1
+
+
+def default_config(width: int, expert_size: int) -> DecodeConfig:
+    """Tile sizes for a model width and an expert size."""
+    pad = triton.next_power_of_2
+    base = DecodeConfig()
+    return DecodeConfig(
+        up_rows=min(base.up_rows, pad(expert_size)),
+        up_block=min(base.up_block, pad(width)),
+        down_rows=min(base.down_rows, pad(expert_size)),
+        down_block=min(base.down_block, pad(width)),
+    )
+
+
+def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
+    """One token. The down-projection is neuron-major and all else contiguous; only the last expert may be smaller."""
+    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _ = call
+    num_neurons, width = weights.up_FD.shape
+    out_width, num_experts = weights.down_DF.shape[0], router_ED.shape[0]
+    config = config or default_config(width, expert_size)
+    blocks = triton.cdiv(out_width, config.down_block)
+    hidden_F = torch.empty(num_neurons, dtype=torch.float32, device=x_D.device)
+    partial = torch.empty(config.down_splits * out_width, dtype=torch.float32, device=x_D.device)
+    flags = torch.empty(num_experts + blocks, dtype=torch.int32, device=x_D.device)
+    arrived = flags[num_experts:]
+    y_D = torch.empty((*x_D.shape[:-1], out_width), dtype=weights.up_FD.dtype, device=x_D.device)
+    with torch.cuda.device_of(x_D):  # type: ignore[no-untyped-call]
+        route_up[(num_experts * triton.cdiv(expert_size, config.up_rows),)](
+            x_D.contiguous(),
+            router_ED,
+            router_bias_E,
+            weights.up_FD,
+            weights.gate_FD,
+            weights.up_bias_F,
+            weights.gate_bias_F,
+            hidden_F,
+            flags,
+            arrived,
+            tau,
+            num_neurons,
+            D=width,
+            EXPERT_SIZE=expert_size,
+            ACTIVATION=activation,
+            COUNTERS=blocks,
+            ROWS=config.up_rows,
+            BLOCK=config.up_block,
+            STAGES=config.up_stages,
+            num_warps=config.up_warps,
+        )
+        down[(blocks, config.down_splits)](
+            hidden_F,
+            flags,
+            weights.down_DF,
+            weights.down_bias_D,
+            partial,
+            arrived,
+            y_D,
+            num_neurons,
+            D=out_width,
+            EXPERTS=num_experts,
+            EXPERTS_PADDED=triton.next_power_of_2(num_experts),
+            EXPERT_SIZE=expert_size,
+            ROWS=config.down_rows,
+            BLOCK=config.down_block,
+            SPLITS=config.down_splits,
+            STAGES=config.down_stages,
+            num_warps=config.down_warps,
+        )
+    return y_D

@@ -1,0 +1,1 @@
+"""lte_compile: learned FFN sparsity for transformers, done as a compiler."""

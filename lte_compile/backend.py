@@ -1,0 +1,160 @@
+"""torch.compile(model, backend="lte"): routed FFNs become lte ops, then inductor compiles the graph.
+
+Dynamo traces a transformed model into a graph that holds router, selection and anchor of every FFN. This backend fuses
+each into lte.expert_ffn, in inference further into lte.sparse_ffn, and hands the graph on. It works before AOTAutograd:
+afterwards hidden values saved for the backward pass would look like a second use.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.fx as fx
+from torch import Tensor, nn
+
+from lte_compile.passes.anchors import level_of
+from lte_compile.passes.copying import copy_graph_module
+from lte_compile.passes.dataflow import CONSTANT_KEY
+from lte_compile.passes.fuse import FuseExperts
+from lte_compile.passes.ir import CapturedGraph, Level, Pass, PassReport
+from lte_compile.passes.lower import LowerSparse
+from lte_compile.passes.pipeline import run_pipeline
+
+__all__ = ["COMPILERS", "lte_backend"]
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+Compiled = Callable[..., Any]
+
+
+def lte_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The function torch.compile calls with each graph it traced; registered under the name "lte".
+
+        model = torch.compile(model, backend="lte")
+        model = torch.compile(model, backend="lte", mode="reduce-overhead")
+        model = torch.compile(model, backend="lte", options={"compiler": "aot_eager"})
+
+    Graphs that need gradients keep lte.expert_ffn, whose gates pass gradients to the router; graphs traced under
+    torch.no_grad() or without trainable inputs get lte.sparse_ffn where the selection rule is "threshold".
+
+    Args:
+        mode: one of inductor's (`torch._inductor.list_mode_options()`), for compiler "inductor" only.
+        options: {"compiler": "inductor" | "aot_eager" | "eager"}, what compiles the rewritten graph.
+
+    Raises:
+        ValueError: an unknown option, compiler or mode.
+    """
+    compiler = _compiler(options or {}, mode)
+    rewritten, reports = rewrite_graph(gm, example_inputs)
+    if not reports and any(isinstance(value, nn.Parameter) for value in example_inputs):
+        warnings.warn(
+            "backend 'lte' found no routed FFN, so the model compiles as it is; call lte_compile.transform(model) first",
+            stacklevel=2,
+        )
+    return compiler(rewritten, list(example_inputs))
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
+    """A rewritten copy of a graph from Dynamo, which reads its own again later; no reports where nothing is routed."""
+    copied = _clone(gm)
+    graph = CapturedGraph(module=copied, parameters=_parameters(copied, example_inputs), route="dynamo")
+    if level_of(graph) is not Level.ROUTED:
+        return copied, ()
+    passes: tuple[Pass, ...] = (FuseExperts(),)
+    if not _needs_gradients(example_inputs):
+        passes += (LowerSparse(),)
+    return copied, run_pipeline(graph, passes)
+
+
+def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
+
+
+def _compiler(options: Mapping[str, Any], mode: str | None) -> Compiled:
+    if unknown := sorted(set(options) - {"compiler"}):
+        raise ValueError(f"backend 'lte' has no option {unknown[0]!r}; its only one is 'compiler' ({_choices()})")
+    name = options.get("compiler", "inductor")
+    if name not in COMPILERS:
+        near = get_close_matches(str(name), COMPILERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"compiler must be {_choices()}; got {name!r}{hint}")
+    if mode is not None and name != "inductor":
+        raise ValueError(f"mode={mode!r} is inductor's; compiler {name!r} has none")
+    if name != "inductor":
+        chosen: Compiled = torch._dynamo.lookup_backend(name)
+        return chosen
+    return _inductor(mode)
+
+
+def _choices() -> str:
+    return " or ".join(map(repr, COMPILERS))
+
+
+def _inductor(mode: str | None) -> Compiled:
+    from torch._inductor import list_mode_options  # importing inductor takes seconds; eager users need not wait
+    from torch._inductor.compile_fx import compile_fx
+
+    known: dict[str, dict[str, Any]] = list_mode_options()
+    if mode is not None and mode != "default" and mode not in known:
+        raise ValueError(f"mode must be one of default, {', '.join(known)}; got {mode!r}")
+    patches = known.get(mode or "default", {})
+
+    def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return compile_fx(gm, example_inputs, config_patches=patches)
+
+    return compile_graph
+
+
+def _clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same module state, with what Dynamo wrote on it for AOTAutograd."""
+    copy = copy_graph_module(gm)
+    for original, copied in _pairs(gm.graph, copy.graph):
+        if hasattr(original, "_dynamo_source"):
+            copied._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    return copy
+
+
+def _pairs(original: fx.Graph, copied: fx.Graph) -> zip[tuple[fx.Node, fx.Node]]:
+    return zip(original.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True)
+
+
+def _parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, str]:
+    """Names of the parameters and buffers among the inputs, by placeholder; one name per tensor and vice versa."""
+    names: dict[str, str] = {}
+    owner_of: dict[str, int] = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        name = _state_name(node, value)
+        if name is None:
+            continue
+        if owner_of.setdefault(name, id(value)) != id(value):  # two models in one graph may use one name
+            name = node.name
+        names[node.name] = name
+        if value.numel() == 1:
+            node.meta[CONSTANT_KEY] = value
+    return names
+
+
+def _state_name(node: fx.Node, value: Any) -> str | None:
+    """`model.layers.0.mlp.up_proj.weight` for L['self']._modules['model'] ... ._parameters['weight']."""
+    if not isinstance(value, Tensor):
+        return None
+    source = getattr(node, "_dynamo_source", None)
+    written = "" if source is None else str(source.name() if callable(source.name) else source.name)
+    if "._parameters[" in written or "._buffers[" in written:
+        return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", written))
+    return node.name if isinstance(value, nn.Parameter) else None

@@ -1,0 +1,194 @@
+"""Fitting a model to data without training it: router initialisation, traced activations, the run-time density knob.
+
+Shapes: T tokens, D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.config import Stage
+from lte_compile.modes import eval_mode, in_stage
+from lte_compile.padding import PaddingReader, drop_padding
+from lte_compile.passes.ir import FfnSite, WeightLayout
+from lte_compile.router_init import RidgeRouterFit
+from lte_compile.routing import Router, require_routers
+from lte_compile.tracing import RouterTrace, site_names, trace_routers
+
+Batch = Mapping[str, Any]
+SeeFfn = Callable[[Tensor, Tensor], None]
+
+# Tokens kept per site for co-activation grouping: ten per neuron of the 1,536 of a small model (docs/grouping.md).
+MAX_ACTIVATION_TOKENS = 16_384
+# Resolution of the calibrated score distribution: half a percent of density, well under its sampling noise.
+NUM_QUANTILES = 201
+
+
+def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float) -> nn.Module:
+    """Set every router by ridge regression on data, so that `density` of its (token, expert) pairs is selected.
+
+    Each router then predicts which experts matter (log of the energy they add to the output) before any training;
+    of the starts that were measured it is the one that keeps its density (docs/training.md). The dense function is
+    run once over `batches`; the model's stage is left as it was. Returns the model.
+
+    Args:
+        batches: keyword arguments for the model; padding is read from `attention_mask`. A few thousand tokens suffice.
+        density: target share of active neurons in the hard stage, in (0, 1), for every site.
+
+    Raises:
+        ValueError: no routers, routers without a bias, density out of range, no batch, or non-finite activations.
+    """
+    found = require_routers(model)
+    if missing := [r.site.name for r in found if r.bias is None]:
+        raise ValueError(f"fitted routers need a bias; transform with router_bias=True (site {missing[0]} has none)")
+    fits = {r: _ridge_fit(model, r) for r in found}
+    with in_stage(model, Stage.DENSE):
+        _run(model, batches, {r.site: fits[r].update for r in found})
+    for router, fit in fits.items():
+        router.threshold = router.config.threshold
+        router.load_initial(*fit.solve(density, threshold=router.threshold))
+    return model
+
+
+def _ridge_fit(model: nn.Module, router: Router) -> RidgeRouterFit:
+    norms_F = down_norms(model, router.site)
+    return RidgeRouterFit(norms_F, router.config.expert_size, width=router.site.width, seed=router.config.seed)
+
+
+def collect_activations(
+    model: nn.Module, sites: Iterable[FfnSite], batches: Iterable[Batch], *, max_tokens: int = MAX_ACTIVATION_TOKENS
+) -> dict[str, Tensor]:
+    """Hidden activations [N, F] per site over non-padding tokens, for transform's grouping="coactivation".
+
+    `sites` come from `lte_compile.inspect(model).sites`. The first `max_tokens` tokens are kept, on the CPU.
+    """
+    kept: dict[FfnSite, list[Tensor]] = {site: [] for site in sites}
+
+    def keeper(parts: list[Tensor]) -> SeeFfn:
+        def keep(x_TD: Tensor, hidden_TF: Tensor) -> None:
+            room = max_tokens - sum(map(len, parts))
+            parts.append(hidden_TF[: max(room, 0)].cpu().clone())
+
+        return keep
+
+    _run(model, batches, {site: keeper(parts) for site, parts in kept.items()})
+    return {site.name: torch.cat(parts) for site, parts in kept.items()}
+
+
+def down_norms(model: nn.Module, site: FfnSite) -> Tensor:
+    """Length of each neuron's down-projection vector, float32 [F]."""
+    weight = model.get_parameter(site.down).detach()
+    weight = weight.flatten(1) if site.down_layout is WeightLayout.OUT_IN else weight.t()
+    norms_F: Tensor = weight.float().norm(dim=0)
+    return norms_F
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Iterable[Batch], watchers: Mapping[FfnSite, SeeFfn]) -> None:
+    """Run the model in eval mode, showing each watcher its FFN's inputs [T, D] and ungated hidden values [T, F]."""
+    count = 0
+    with eval_mode(model), _watching(model, watchers):
+        for batch in batches:
+            model(**batch)
+            count += 1
+    if not count:
+        raise ValueError("no batches were given; pass at least one mapping of keyword arguments for the model")
+
+
+@contextmanager
+def _watching(model: nn.Module, watchers: Mapping[FfnSite, SeeFfn]) -> Iterator[None]:
+    padding = PaddingReader(model)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(padding, with_kwargs=True).remove)
+        for site, see in watchers.items():
+            watch = _WatchFfn(padding, see)
+            first = model.get_submodule(site.first_projection.rpartition(".")[0])
+            down = model.get_submodule(site.down.rpartition(".")[0])
+            stack.callback(first.register_forward_pre_hook(watch.see_input).remove)
+            stack.callback(down.register_forward_pre_hook(watch.see_hidden, prepend=True).remove)  # before the gates
+        yield
+
+
+class _WatchFfn:
+    """Two hooks that bring an FFN's input and hidden value of the same call together."""
+
+    def __init__(self, padding: PaddingReader, see: SeeFfn) -> None:
+        self.padding = padding
+        self.see = see
+        self.x_TD = torch.empty(0)
+
+    def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x_TD = self._counted(module, args[0])
+
+    def see_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.see(self.x_TD, self._counted(module, args[0]))
+
+    def _counted(self, module: nn.Module, values: Tensor) -> Tensor:
+        return drop_padding(values, self.padding.mask_of(module, self.padding.current))
+
+
+@torch.no_grad()
+def evaluate_routers(model: nn.Module, batches: Iterable[Batch]) -> RouterTrace:
+    """The trace of the hard-stage model in eval mode over all batches: the density that counts."""
+    with eval_mode(model), in_stage(model, Stage.HARD), trace_routers(model) as trace:
+        for batch in batches:
+            model(**batch)
+    return trace
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """Measure the routers' score distributions in the hard stage, so that `set_density` can serve any budget.
+
+    Use held-out batches of the kind the model will see. The result is saved with the model. Returns the model.
+    """
+    trace = evaluate_routers(model, batches)
+    levels = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
+    for router, name in site_names(model).items():
+        scores = trace.scores(name).double().flatten().sort().values
+        positions = (levels.to(scores.device) * (len(scores) - 1)).round().long()
+        router.score_quantiles = tuple(scores[positions].tolist())
+    return model
+
+
+def set_density(model: nn.Module, density: float) -> float:
+    """Move the threshold of every router so that about `density` of all neurons is active. Returns the threshold.
+
+    One threshold serves all sites: layers keep the shares they learned. Scores are as measured by `calibrate`, at the
+    threshold of that time; the further away the new one, the more inputs of later layers shift (docs/training.md).
+
+    Raises:
+        ValueError: density outside (0, 1], or a model that was not calibrated.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1]; got {density!r}")
+    found = require_routers(model)
+    if missing := [r.site.name for r in found if not r.score_quantiles]:
+        raise ValueError(
+            f"site {missing[0]} has no calibrated scores; call lte_compile.calibrate(model, batches) first"
+        )
+    threshold = _threshold_for(found, density)
+    for router in found:
+        router.threshold = threshold
+    return threshold
+
+
+def _threshold_for(found: tuple[Router, ...], density: float) -> float:
+    """The candidate score with density closest to, but not above, the wish."""
+    neurons = sum(r.site.hidden for r in found)
+
+    def density_at(tau: float) -> float:
+        above = ((1 - bisect_right(r.score_quantiles, tau) / NUM_QUANTILES) * r.site.hidden for r in found)
+        return sum(above) / neurons
+
+    candidates = sorted({score for r in found for score in r.score_quantiles})
+    low, high = 0, len(candidates) - 1
+    while low < high:  # density_at falls with tau
+        middle = (low + high) // 2
+        low, high = (low, middle) if density_at(candidates[middle]) <= density else (middle + 1, high)
+    return 0.0 if density == 1.0 else candidates[low]

@@ -1,0 +1,100 @@
+"""What commands do before their work: check where results go, find device and weights, open the task."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lte_compile.cli.options import TaskOptions
+from lte_compile.data.models import resolve_model
+from lte_compile.data.provenance import read_provenance
+from lte_compile.data.tasks import Corpus, LabelledTask
+from lte_compile.loading import load_causal_lm, load_classifier
+from lte_compile.progress import TrainingProgress
+from lte_compile.tasks_api import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
+
+
+def find_model(name: str, progress: TrainingProgress) -> Path:
+    """Directory of a model, fetched if need be; says where weights that stand in for the hub's come from."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with progress.working(f"finding {name}"):
+        path = resolve_model(name)
+    provenance = read_provenance(path)
+    if provenance.source == "package":
+        note = f"; {provenance.note}" if provenance.note else ""
+        progress.say(f"the hub cannot be reached: weights out of {provenance.detail.split(' (')[0]}{note}")
+    return path
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """A ValueError if a model cannot, or should not, be written to the directory `out`; nothing is left behind.
+
+    Called before the work, so that hours of it do not end in an error.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"cannot write to {out}: it is a file; choose a directory")
+    if out.exists() and out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the model to read; choose another directory to write to")
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a model already; choose another directory, or give --overwrite")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}; choose another directory") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a --device option."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}")
+    with suppress(RuntimeError):
+        device = torch.device(name)
+        if device.type == "cpu" or (device.index or 0) < torch.cuda.device_count():
+            return device
+    raise ValueError(f"there is no device {name!r} here: torch sees {torch.cuda.device_count()} GPUs")
+
+
+def find_task(options: TaskOptions, progress: TrainingProgress) -> LabelledTask | Corpus:
+    """The task of a command line, fetched if need be."""
+    kind = _kind(options.kind) if options.kind else None
+    with progress.working(f"reading {options.name}"):
+        return open_task(options.name, kind)
+
+
+def load_for(task: LabelledTask | Corpus, path: Path) -> tuple[nn.Module, Any]:
+    """The model with the head that the task needs, and its tokenizer."""
+    return load_classifier(path, task.labels) if isinstance(task, LabelledTask) else load_causal_lm(path)
+
+
+def encode(task: LabelledTask | Corpus, tokenizer: Any, options: TaskOptions) -> EncodedTask:
+    """The task in tokens, in the sizes the command line asks for."""
+    usual = DEFAULT_SIZES[kind_of(task)]
+    size = TaskSize(
+        batch_size=usual.batch_size if options.batch_size is None else options.batch_size,
+        max_length=options.max_length,
+        window=options.window,
+        test_examples=usual.test_examples if options.test_examples is None else options.test_examples,
+    )
+    return EncodedTask(task=task, tokenizer=tokenizer, size=size)
+
+
+def _kind(name: str) -> TaskKind:
+    if name in list(TaskKind):
+        return TaskKind(name)
+    near = get_close_matches(name, list(TaskKind), n=1)
+    hint = f"; did you mean {str(near[0])!r}?" if near else ""
+    raise ValueError(f"--task-kind must be one of {', '.join(TaskKind)}; got {name!r}{hint}")

@@ -1,0 +1,162 @@
+"""lte-compile train: fine-tune, transform, train through LTE's two stages, measure, save. Resumes where it was killed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from lte_compile.cli.converting import ACTIVATION_BATCHES, activations_for
+from lte_compile.cli.options import TaskOptions
+from lte_compile.cli.output import Outcome
+from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
+from lte_compile.cli.training_outcome import training_outcome
+from lte_compile.config import Stage, TransformConfig
+from lte_compile.data.tasks import Corpus, LabelledTask
+from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.loading import has_classifier
+from lte_compile.losses import Batch
+from lte_compile.modes import in_stage
+from lte_compile.persistence import save_pretrained
+from lte_compile.progress import TrainingProgress
+from lte_compile.results import write_atomically
+from lte_compile.routing import routers, set_stage
+from lte_compile.tasks_api import EncodedTask, OnDevice
+from lte_compile.train_config import Phase, TrainConfig
+from lte_compile.training import train
+from lte_compile.transform import transform
+
+# Two epochs of 4,300 questions in batches of 32: a new classification head is as good after them as after three.
+FINETUNE_STEPS_OF_A_NEW_HEAD = 270
+# Held-out batches that steer the density: about 2,000 short tokens, or 8,000 of windows. More only cost time.
+HELD_OUT_BATCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One run; `finetune_steps` None decides by whether the head is new."""
+
+    model: str
+    out: Path
+    task: TaskOptions
+    transform: TransformConfig
+    train: TrainConfig
+    finetune_steps: int | None
+    device: str
+    resume: bool
+    overwrite: bool
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on from another's checkpoints."""
+        task = {name: str(value) for name, value in vars(self.task).items() if name != "test_examples"}
+        config = {name: value for name, value in self.train.to_dict().items() if name != "checkpoint_every"}
+        steps = {"finetune_steps": self.finetune_steps}
+        return {"model": self.model, **task, **self.transform.to_dict(), **config, **steps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run leaves to be reported."""
+
+    model: nn.Module
+    task: EncodedTask
+    test_examples: int
+    dense: Evaluation
+    sparse: Evaluation
+    finetune_steps: int
+    seconds: float
+
+
+def train_model(settings: TrainSettings) -> Outcome:
+    """The whole run.
+
+    Raises:
+        ValueError: bad input of any kind, found before training where it can be.
+        FloatingPointError: the loss is not finite any more.
+    """
+    start = perf_counter()
+    device = pick_device(settings.device)
+    with TrainingProgress() as progress:
+        path = find_model(settings.model, progress)
+        _prepare_output(settings, path)
+        task = find_task(settings.task, progress)
+        torch.manual_seed(settings.train.seed)  # of a new head
+        with progress.working("loading"):
+            model, tokenizer = load_for(task, path)
+        model.to(device)
+        finetune_steps = _finetune_steps(settings, path, task)
+        data = encode(task, tokenizer, settings.task)
+        trained = _run(model, data, settings, finetune_steps, progress, start)
+        with progress.working("saving"):
+            save_pretrained(model.cpu(), settings.out, tokenizer)
+    return training_outcome(trained, settings.model, settings.out, settings.train)
+
+
+def _run(
+    model: nn.Module,
+    data: EncodedTask,
+    settings: TrainSettings,
+    finetune_steps: int,
+    progress: TrainingProgress,
+    start: float,
+) -> Trained:
+    device = next(model.parameters()).device
+    held_out = data.held_out(HELD_OUT_BATCHES, device)
+    test = data.test_examples()
+    _finetune(model, data, settings, finetune_steps, progress)
+    with progress.working("evaluating the dense model"):
+        dense = evaluate(model, data.test_batches(test))
+    teacher = copy.deepcopy(model) if settings.train.distillation else None
+    fresh = not any(router.score_quantiles for router in routers(model))
+    if not any(routers(model)):
+        with progress.working("transforming"):
+            activations = activations_for(model, settings.transform, _activation_batches(data, device))
+            transform(model, settings.transform, activations=activations)
+    config = settings.train if fresh else _keeping_routers(settings.train)
+    batches = OnDevice(data.training_batches(config.seed), device)
+    train(
+        model,
+        batches,
+        config,
+        held_out=held_out,
+        teacher=teacher,
+        directory=settings.checkpoints / "lte",
+        on_step=progress,
+    )
+    set_stage(model, Stage.HARD)
+    with progress.working("evaluating the sparse model"):
+        sparse = evaluate(model, data.test_batches(test))
+    return Trained(
+        model=model,
+        task=data,
+        test_examples=len(test),
+        dense=dense,
+        sparse=sparse,
+        finetune_steps=finetune_steps,
+        seconds=perf_counter() - start,
+    )
+
+
+def _finetune(
+    model: nn.Module, data: EncodedTask, settings: TrainSettings, steps: int, progress: TrainingProgress
+) -> None:
+    """Ordinary training of the dense function. A model that has routers already is put into the dense stage."""
+    if any(routers(model)):
+        set_stage(model, Stage.DENSE)
+    if not steps:
+        return
+    batches = OnDevice(data.training_batches(settings.train.seed), next(model.parameters()).device)
+    phases = [Phase(name="fine-tune", steps=steps)]
+    directory = settings.checkpoints / "finetune"
+    train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress)

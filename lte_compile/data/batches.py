@@ -1,0 +1,180 @@
+"""Batches of tokens whose position can be saved and restored.
+
+B batch size, L tokens in the batch's longest text (classification) or in a window (language modelling).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Texts are sorted by length inside chunks of this many batches: little padding, and still well shuffled.
+CHUNK_BATCHES = 20
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a text or window; the label is a class index, or None for language modelling."""
+
+    tokens: tuple[int, ...]
+    label: int | None = None
+
+
+class TextBatches:
+    """Endless seeded epochs over examples, one batch at a time.
+
+    Epoch e's order depends on the seed and e alone, so (epoch, index) is the whole state: training resumes with
+    exactly the batches that an uninterrupted run would have seen. Batches hold int64 tensors: input_ids and
+    attention_mask [B, L], labels [B] (classification) or [B, L] (language modelling; models shift them themselves).
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], *, batch_size: int, pad_token_id: int, seed: int, by_length: bool
+    ) -> None:
+        """`by_length` puts texts of similar length into one batch; windows, all of one length, need it not."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if not examples:
+            raise ValueError("no examples to make batches of")
+        self._examples = tuple(examples)
+        self._batch_size = batch_size
+        self._pad_token_id = pad_token_id
+        self._seed = seed
+        self._by_length = by_length
+        self._go_to(epoch=0, index=0)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self._examples) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """What is left of the current epoch."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
+        """The next batch; after an epoch's last one the next epoch begins."""
+        rows = self._order[self._index]
+        if self._index + 1 < len(self):
+            self._index += 1
+        else:
+            self._go_to(epoch=self._epoch + 1, index=0)
+        return collate([self._examples[row] for row in rows], self._pad_token_id)
+
+    def state_dict(self) -> dict[str, int]:
+        """Position of the next batch, and what makes it meaningful."""
+        return {"epoch": self._epoch, "index": self._index, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position. Raises ValueError when it was saved from other data, batch size or seed."""
+        identity = self._identity()
+        if differing := [key for key, value in identity.items() if state.get(key) != value]:
+            was = ", ".join(f"{key} {state.get(key)!r} (now {identity[key]!r})" for key in differing)
+            raise ValueError(f"this position belongs to other batches: {was}")
+        if not 0 <= state["index"] < len(self) or state["epoch"] < 0:
+            raise ValueError(f"no batch at epoch {state['epoch']}, index {state['index']}; an epoch has {len(self)}")
+        self._go_to(epoch=state["epoch"], index=state["index"])
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self._seed, "batch_size": self._batch_size, "examples": len(self._examples)}
+
+    def _go_to(self, *, epoch: int, index: int) -> None:
+        self._epoch, self._index = epoch, index
+        self._order = self._epoch_order(epoch)
+
+    def _epoch_order(self, epoch: int) -> list[list[int]]:
+        """Row numbers of each batch of an epoch."""
+        source = random.Random(f"{self._seed}/{epoch}")
+        rows = list(range(len(self._examples)))
+        source.shuffle(rows)
+        if self._by_length:
+            rows = [row for chunk in _cut(rows, CHUNK_BATCHES * self._batch_size) for row in self._sorted(chunk)]
+        batches = _cut(rows, self._batch_size)
+        source.shuffle(batches)
+        return batches
+
+    def _sorted(self, rows: list[int]) -> list[int]:
+        return sorted(rows, key=lambda row: len(self._examples[row].tokens))
+
+
+def classification_batches(
+    rows: Sequence[tuple[str, int]], tokenizer: Any, *, batch_size: int = 32, max_length: int = 64, seed: int = 0
+) -> TextBatches:
+    """Training batches of a `LabelledTask` split. Texts are cut to `max_length` tokens."""
+    examples = encode_rows(rows, tokenizer, max_length)
+    return TextBatches(
+        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=True
+    )
+
+
+def language_model_batches(
+    documents: Sequence[str], tokenizer: Any, *, batch_size: int = 8, window: int = 256, seed: int = 0
+) -> TextBatches:
+    """Training batches of a `Corpus` split: windows of exactly `window` tokens."""
+    examples = encode_windows(documents, tokenizer, window)
+    return TextBatches(
+        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=False
+    )
+
+
+def evaluation_batches(examples: Sequence[Example], tokenizer: Any, *, batch_size: int = 64) -> Iterator[Batch]:
+    """Every example once, in order."""
+    for chunk in _cut(list(examples), batch_size):
+        yield collate(chunk, _pad_token_id(tokenizer))
+
+
+def encode_rows(rows: Sequence[tuple[str, int]], tokenizer: Any, max_length: int = 64) -> tuple[Example, ...]:
+    """Labelled texts as token ids with the tokenizer's special tokens."""
+    texts = [text for text, _ in rows]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    return tuple(Example(tuple(ids), label) for ids, (_, label) in zip(encoded, rows, strict=True))
+
+
+def encode_windows(documents: Sequence[str], tokenizer: Any, window: int = 256) -> tuple[Example, ...]:
+    """Documents joined by the end-of-text token and cut into windows; the last, shorter one is dropped."""
+    if window < 2:
+        raise ValueError(f"a window needs at least 2 tokens to predict one from another; got {window}")
+    stream: list[int] = []
+    for document in documents:
+        stream.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
+        stream.append(tokenizer.eos_token_id)
+    windows = _cut(stream, window)[: len(stream) // window]
+    if not windows:
+        raise ValueError(f"{len(stream)} tokens of text do not fill one window of {window}")
+    return tuple(Example(tuple(ids)) for ids in windows)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Right-padded tensors of some examples, all labelled or none."""
+    length = max(len(example.tokens) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.tokens)] = torch.tensor(example.tokens)
+        attention_mask[row, : len(example.tokens)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": _labels(examples, input_ids)}
+
+
+def _labels(examples: Sequence[Example], input_ids: Tensor) -> Tensor:
+    labels = [example.label for example in examples if example.label is not None]
+    if labels and len(labels) != len(examples):
+        raise ValueError("a batch must be labelled as a whole or not at all")
+    return torch.tensor(labels) if labels else input_ids.clone()
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+    return int(pad)
+
+
+def _cut(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,109 @@
+"""LTE inside transformers' Trainer: the losses, a parameter group for routers, and the move from stage 1 to stage 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
+from lte_compile.config import Stage
+from lte_compile.controller import DensityController
+from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.tracing import trace_routers
+from lte_compile.train_config import Gates, TrainConfig
+
+
+class LteTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer for transformed models.
+
+        trainer = LteTrainer(model=model, args=args, train_dataset=..., lte=TrainConfig(...), held_out=[batch, ...])
+
+    Steps and rates come from `args`; of `lte` it reads target_density, gates, separability, router_learning_rate,
+    router_weight_decay, fit_router and measure_every. Stage 2 begins after the share
+    stage1_steps / (stage1_steps + stage2_steps) of the run.
+
+    Args:
+        lte: see `TrainConfig`.
+        held_out: batches (keyword arguments for the model) on which the density is measured; fitted routers too.
+    """
+
+    def __init__(self, *args: Any, lte: TrainConfig, held_out: list[dict[str, Tensor]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not held_out:
+            raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
+        require_routers(self.model)
+        self.lte = lte
+        self.controller = DensityController(target=lte.target_density)
+        self.add_callback(_Stages(self, held_out))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loss, plus eta * L_eff + lambda * L_sep in stage 1."""
+        if not model.training or next(routers(model)).stage is not Stage.SOFT:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with trace_routers(model) as trace:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        ramp = self.state.global_step / max(self.state.max_steps, 1)
+        extra = self.controller.eta * trace.efficiency_loss()
+        extra = extra + self.lte.separability * ramp * trace.separability_loss()
+        extra = extra / self._accumulated_here()
+        return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
+
+    def _accumulated_here(self) -> int:
+        """The Trainer divides the losses of models that do not count items; ours must match whichever it does."""
+        return int(self.current_gradient_accumulation_steps) if self.model_accepts_loss_kwargs else 1
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the routers moved to a group of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        router_ids = {id(p) for router in routers(self.model) for p in router.parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in router_ids]
+        optimizer.add_param_group(
+            {
+                "params": [p for router in routers(self.model) for p in router.parameters()],
+                "lr": self.lte.router_learning_rate,
+                "weight_decay": self.lte.router_weight_decay,
+            }
+        )
+        return optimizer
+
+
+class _Stages(TrainerCallback):  # type: ignore[misc]
+    """Enters stage 1 at the beginning and stage 2 on time; measures the held-out density in between."""
+
+    def __init__(self, trainer: LteTrainer, held_out: list[dict[str, Tensor]]) -> None:
+        self.trainer = trainer
+        self.held_out = held_out
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        lte, model = self.trainer.lte, self.trainer.model
+        device = next(model.parameters()).device
+        self.held_out = [{k: v.to(device) for k, v in batch.items()} for batch in self.held_out]
+        if lte.fit_router and state.global_step == 0:
+            fit_routers(model, [{k: v for k, v in b.items() if k != "labels"} for b in self.held_out], lte.target_density)
+        rule = "straight_through" if lte.gates is Gates.STRAIGHT_THROUGH else None
+        set_stage(model, Stage.SOFT, selection=rule)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        lte, model = self.trainer.lte, self.trainer.model
+        in_stage1 = next(routers(model)).stage is Stage.SOFT
+        if in_stage1 and state.global_step % lte.measure_every == 0:
+            self.trainer.controller.measure(evaluate_routers(model, self.held_out).density())
+        share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
+        if in_stage1 and state.global_step >= share * state.max_steps:
+            calibrate(model, self.held_out)
+            set_density(model, lte.target_density)
+            set_stage(model, Stage.HARD)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_stage(self.trainer.model, Stage.HARD)
+        calibrate(self.trainer.model, self.held_out)

@@ -1,0 +1,195 @@
+"""A task by name, and what training and evaluation need of it: encoded batches of its splits, and its metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_compile.data.batches import (
+    Example,
+    TextBatches,
+    classification_batches,
+    encode_rows,
+    encode_windows,
+    evaluation_batches,
+    language_model_batches,
+)
+from lte_compile.data.tasks import CORPORA, TASKS, Corpus, LabelledTask, load_corpus, load_task
+from lte_compile.data.user_files import is_user_file
+from lte_compile.evaluation import Evaluation
+from lte_compile.losses import Batch
+from lte_compile.results import Metric
+
+
+class TaskKind(StrEnum):
+    """What a model is asked to do: name a text's class, or predict every next token."""
+
+    CLASSIFICATION = "classification"
+    LANGUAGE_MODEL = "language-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSize:
+    """How much text goes into a batch and into an evaluation.
+
+    Args:
+        batch_size: texts or windows.
+        max_length: tokens a text is cut to (classification).
+        window: tokens of a window (language model).
+        test_examples: at most so many texts or windows of the test split; 0 takes all.
+    """
+
+    batch_size: int
+    max_length: int = 64
+    window: int = 256
+    test_examples: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_length", 2), ("window", 2), ("test_examples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+
+
+# A window holds as many tokens as a batch of short texts; 64 windows estimate a perplexity to about 2 %.
+DEFAULT_SIZES: Mapping[TaskKind, TaskSize] = {
+    TaskKind.CLASSIFICATION: TaskSize(batch_size=32),
+    TaskKind.LANGUAGE_MODEL: TaskSize(batch_size=8, test_examples=64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTask:
+    """A task's splits as batches for one tokenizer."""
+
+    task: LabelledTask | Corpus
+    tokenizer: Any
+    size: TaskSize
+
+    @property
+    def kind(self) -> TaskKind:
+        return kind_of(self.task)
+
+    @property
+    def metric(self) -> Metric:
+        return Metric.ACCURACY if self.kind is TaskKind.CLASSIFICATION else Metric.PERPLEXITY
+
+    def quality(self, evaluation: Evaluation) -> float:
+        """The metric's value."""
+        return evaluation.accuracy if self.metric is Metric.ACCURACY else evaluation.perplexity
+
+    def training_batches(self, seed: int) -> TextBatches:
+        """Endless batches of the training split."""
+        if isinstance(self.task, LabelledTask):
+            return classification_batches(
+                self.task.train,
+                self.tokenizer,
+                batch_size=self.size.batch_size,
+                max_length=self.size.max_length,
+                seed=seed,
+            )
+        return language_model_batches(
+            self.task.train, self.tokenizer, batch_size=self.size.batch_size, window=self.size.window, seed=seed
+        )
+
+    def held_out(self, count: int, device: torch.device) -> list[Batch]:
+        """The first `count` batches of the validation split."""
+        examples = self._encode(self.task.valid)
+        batches = evaluation_batches(examples, self.tokenizer, batch_size=self.size.batch_size)
+        return [to_device(batch, device) for batch in islice(batches, count)]
+
+    def test_examples(self) -> tuple[Example, ...]:
+        """The test split, or its beginning."""
+        examples = self._encode(self.task.test)
+        return examples[: self.size.test_examples] if self.size.test_examples else examples
+
+    def test_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """Each example once."""
+        yield from evaluation_batches(examples, self.tokenizer, batch_size=self.size.batch_size)
+
+    def _encode(self, split: Sequence[Any]) -> tuple[Example, ...]:
+        if self.kind is TaskKind.CLASSIFICATION:
+            return encode_rows(split, self.tokenizer, self.size.max_length)
+        return encode_windows(split, self.tokenizer, self.size.window)
+
+
+class OnDevice:
+    """Batches (lte_compile.training.Batches) moved to where the model is."""
+
+    def __init__(self, batches: TextBatches, device: torch.device) -> None:
+        self._batches = batches
+        self._device = device
+
+    def next_batch(self) -> dict[str, Tensor]:
+        return to_device(self._batches.next_batch(), self._device)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+
+def open_task(name: str, kind: TaskKind | None = None) -> LabelledTask | Corpus:
+    """A labelled task or a corpus by its name, or out of a .csv, .jsonl or .txt file.
+
+    Args:
+        kind: overrides what the name or the file says: a labelled .csv can be read as prose.
+
+    Raises:
+        ValueError: an unknown name (with the closest known ones), a file that lacks what is needed, or a known task of
+            the other kind.
+    """
+    found = named_kind(name)
+    if kind is None or kind is found:
+        return load_task(name) if found is TaskKind.CLASSIFICATION else load_corpus(name)
+    if not is_user_file(name):
+        raise ValueError(f"{name!r} is a {found} task; it cannot be used as a {kind} task")
+    return load_task(name) if kind is TaskKind.CLASSIFICATION else load_corpus(name)
+
+
+def named_kind(name: str) -> TaskKind:
+    """The kind of a task by its name, or by a file's first line: one with a `label` is for classification."""
+    if name in TASKS:
+        return TaskKind.CLASSIFICATION
+    if name in CORPORA:
+        return TaskKind.LANGUAGE_MODEL
+    if not is_user_file(name):
+        known = [*TASKS, *CORPORA]
+        near = get_close_matches(name, known, n=2)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"no task {name!r}; known are {', '.join(known)}, or give a .csv, .jsonl or .txt file{hint}")
+    return TaskKind.CLASSIFICATION if _is_labelled(Path(name)) else TaskKind.LANGUAGE_MODEL
+
+
+def kind_of(task: LabelledTask | Corpus) -> TaskKind:
+    return TaskKind.CLASSIFICATION if isinstance(task, LabelledTask) else TaskKind.LANGUAGE_MODEL
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def without_labels(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """For models without a head for the labels."""
+    for batch in batches:
+        yield {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _is_labelled(path: Path) -> bool:
+    if path.suffix.lower() == ".txt":
+        return False
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.readline()
+    if path.suffix.lower() == ".csv":
+        return "label" in [column.strip().strip('"') for column in first.split(",")]
+    return '"label"' in first

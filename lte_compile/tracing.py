@@ -1,0 +1,149 @@
+"""Watching routers during forward passes: LTE's two losses and the measured density.
+
+    with trace_routers(model) as trace:
+        out = model(**batch)
+    loss = out.loss + eta * trace.efficiency_loss() + lam * trace.separability_loss()
+
+Padding is left out: the trace reads the attention mask the model was called with.
+Shapes: T token positions (any leading dimensions), E experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.padding import PaddingMasks, PaddingReader, drop_padding
+from lte_compile.passes.ir import FfnSite
+from lte_compile.routing import Router, require_routers
+
+# The paper's separability term 1 / (score - tau)^2 is singular at tau. With this eps one expert's term is at most 100
+# and its gradient towards the score at most 650, so a single score at tau cannot outweigh the task loss in a batch; at
+# a settled score (0 or 1) it changes the term from 4 to 3.85.
+SEPARABILITY_EPS = 1e-2
+
+
+class RouterRecord(NamedTuple):
+    """One call of one router: the scores it gave, [T, E] with any leading dims, and the masks of that model call."""
+
+    router: Router
+    scores_TE: Tensor
+    masks: PaddingMasks
+
+
+class RouterTrace:
+    """Scores of every router call inside `trace_routers`, and what follows from them.
+
+    All means run over routed FFNs, experts and non-padding tokens alike, so a layer with more tokens (an encoder's
+    beside a decoder's) weighs more. Losses are float32 (float64 for float64 models) and differentiable.
+    """
+
+    def __init__(self, names: dict[Router, str], padding: PaddingReader) -> None:
+        self._names = names
+        self._padding = padding
+        self._records: list[RouterRecord] = []
+
+    def record(self, router: Router, scores_TE: Tensor) -> None:
+        """Called by a router while the trace is open."""
+        self._records.append(RouterRecord(router, scores_TE, self._padding.current))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites that ran, in the order they first ran."""
+        return tuple(dict.fromkeys(self._names[record.router] for record in self._records))
+
+    @property
+    def num_scores(self) -> int:
+        """How many scores (token, layer, expert) the losses average over; weighs micro-batches against each other."""
+        return sum(scores_TE.numel() for _, scores_TE in self._counted(None))
+
+    def efficiency_loss(self, site: str | None = None) -> Tensor:
+        """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one."""
+        return _pooled_mean([scores_TE.square() for _, scores_TE in self._counted(site)])
+
+    def separability_loss(self, site: str | None = None, *, eps: float = SEPARABILITY_EPS) -> Tensor:
+        """L_sep: mean of 1 / ((score - tau)^2 + eps), the paper's term (section 4.2) bounded by `eps`."""
+        counted = self._counted(site)
+        return _pooled_mean([1.0 / ((scores_TE - r.threshold).square() + eps) for r, scores_TE in counted])
+
+    @torch.no_grad()
+    def neuron_counts(self, site: str | None = None) -> dict[str, tuple[int, int]]:
+        """(active, all) neurons summed over non-padding tokens, per site or for one."""
+        counts: dict[str, tuple[int, int]] = {}
+        for router, scores_TE in self._counted(site):
+            name, sizes_E = self._names[router], router.expert_sizes.to(scores_TE.device)
+            active, total = counts.get(name, (0, 0))
+            chosen = int((router.selected(scores_TE).sum(0) * sizes_E).sum())
+            counts[name] = (active + chosen, total + scores_TE.shape[0] * router.site.hidden)
+        return counts
+
+    def density(self, site: str | None = None) -> float:
+        """Share of active neurons, over all sites or over one: 1.0 in the dense stage.
+
+        In the soft stage every expert is computed; counted are the experts the hard stage would run.
+        """
+        active, total = map(sum, zip(*self.neuron_counts(site).values(), strict=True))
+        return active / total if total else float("nan")
+
+    def densities(self) -> dict[str, float]:
+        """Density of every site that ran."""
+        return {site: active / total for site, (active, total) in self.neuron_counts().items() if total}
+
+    def scores(self, site: str) -> Tensor:
+        """Scores [tokens, E] of one site over non-padding tokens, calls joined in order."""
+        return torch.cat([scores_TE for _, scores_TE in self._counted(site)])
+
+    def _counted(self, site: str | None) -> list[tuple[Router, Tensor]]:
+        if not self._records:
+            raise RuntimeError("no router ran inside trace_routers: run the transformed model inside the with block")
+        if site is not None and site not in self.sites:
+            raise ValueError(f"no site named {site!r} ran; those that did: {', '.join(self.sites)}")
+        chosen = [record for record in self._records if site in (None, self._names[record.router])]
+        return [(r.router, drop_padding(r.scores_TE, self._padding.mask_of(r.router, r.masks))) for r in chosen]
+
+
+def _pooled_mean(parts: Sequence[Tensor]) -> Tensor:
+    count = sum(part.numel() for part in parts)
+    total = torch.stack([part.sum() for part in parts]).sum()
+    return total / max(count, 1)
+
+
+@contextmanager
+def trace_routers(model: nn.Module, *, mask: Tensor | None = None) -> Iterator[RouterTrace]:
+    """Record the routers of `model` while the block runs, over one forward pass or several.
+
+    Args:
+        mask: [B, T], nonzero where a token counts, in every call of the block. By default the `attention_mask` (and
+            `decoder_attention_mask`, or labels other than -100) the model is called with; without any, all count.
+
+    Raises:
+        ValueError: the model has no routers, or is being traced already.
+    """
+    found = require_routers(model)
+    if any(router.sink is not None for router in found):
+        raise ValueError("this model is being traced already; trace_routers blocks cannot be nested")
+    model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper hides the signature
+    reader = PaddingReader(model, mask)
+    trace = RouterTrace(site_names(model), reader)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(reader, with_kwargs=True).remove)
+        for router in found:
+            router.sink = trace
+            stack.callback(setattr, router, "sink", None)
+        yield trace
+
+
+def site_names(model: nn.Module) -> dict[Router, str]:
+    """A unique name for each router's site: its module's, or its down-projection's where two share a module."""
+    found = require_routers(model)
+    seen = Counter(router.site.name for router in found)
+
+    def unique(site: FfnSite) -> str:
+        return site.name if site.name and seen[site.name] == 1 else site.down.rpartition(".")[0]
+
+    return {router: unique(router.site) for router in found}

@@ -1,0 +1,107 @@
+"""How training runs: phases, rates, losses. Each default names its source."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from lte_compile.config import Stage
+
+
+class Gates(StrEnum):
+    """What multiplies expert outputs in stage 1.
+
+    soft: the scores, as in the paper. straight_through: the hard 0/1 decision forward, the scores' gradient backward;
+    no gap opens between what is trained and what is run, which on real weights cost more than anything else.
+    """
+
+    SOFT = "soft"
+    STRAIGHT_THROUGH = "straight_through"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One LTE training run: stage 1 with routers, stage 2 with routers frozen.
+
+    Args:
+        target_density: share of neurons to keep active, in (0, 1).
+        stage1_steps, stage2_steps: optimizer steps.
+        learning_rate: of the model. The paper uses 1.5e-5 to 5e-5 on models of 125M parameters and more; 1e-4 suits
+            the small models measured here (docs/training.md).
+        router_learning_rate: of the routers. The authors use 1e-2 from random routers; fitted ones start close, and
+            3e-4 kept their density (docs/training.md).
+        router_weight_decay: the authors' 0.1 pulls scores towards 0.5, where fitted routers must not go: 0 here.
+        warmup: share of each phase's steps with a rising rate, then it falls linearly to 0. The paper's 0.06.
+        separability: lambda, reached linearly over stage 1: from the first step on, the term pins experts to the side
+            of tau they start on (docs/training.md). The paper's 0.5 goes with soft gates; hard gates need none.
+        fit_router: start stage 1 from regression-fitted routers (lte_compile.fit_routers).
+        distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
+        accumulation: micro-batches per step: a batch is cut along its first axis, losses weigh as in the whole batch.
+        autocast: bfloat16 autocast; routers stay in float32.
+        max_grad_norm: clipping, the transformers default.
+        measure_every: steps between held-out density measurements, which steer eta.
+        checkpoint_every: steps between checkpoints; 0 writes none.
+    """
+
+    target_density: float
+    stage1_steps: int
+    stage2_steps: int
+    learning_rate: float = 1e-4
+    router_learning_rate: float = 3e-4
+    router_weight_decay: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    gates: Gates = Gates.STRAIGHT_THROUGH
+    separability: float = 0.0
+    fit_router: bool = True
+    distillation: float = 0.0
+    accumulation: int = 1
+    autocast: bool = False
+    gradient_checkpointing: bool = False
+    max_grad_norm: float = 1.0
+    measure_every: int = 10
+    checkpoint_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", Gates(self.gates))
+        _require(0.0 < self.target_density < 1.0, "target_density must lie between 0 and 1", self.target_density)
+        _require(0.0 <= self.distillation <= 1.0, "distillation must lie in [0, 1]", self.distillation)
+        _require(0.0 <= self.warmup < 1.0, "warmup must lie in [0, 1)", self.warmup)
+        for name in ("stage1_steps", "stage2_steps", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        for name in ("accumulation", "measure_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name in ("learning_rate", "router_learning_rate", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with one stage, one rule and one optimizer.
+
+    `stage` None trains a model as it is, routed or not; `trains_routers` adds LTE's losses and steers the density.
+    """
+
+    name: str
+    steps: int
+    stage: Stage | None = None
+    selection: str | None = None
+    trains_routers: bool = False
+
+
+def lte_phases(config: TrainConfig) -> tuple[Phase, ...]:
+    """Stage 1 (routers and model train) and stage 2 (routers frozen), as the paper's section 4.2 has them."""
+    rule = "straight_through" if config.gates is Gates.STRAIGHT_THROUGH else None
+    stage1 = Phase(name="stage 1", stage=Stage.SOFT, steps=config.stage1_steps, selection=rule, trains_routers=True)
+    stage2 = Phase(name="stage 2", stage=Stage.HARD, steps=config.stage2_steps)
+    return tuple(phase for phase in (stage1, stage2) if phase.steps)
+
+
+def _require(holds: bool, rule: str, given: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}; got {given!r}")

@@ -1,0 +1,280 @@
+"""The training loop: phases of steps, a controller that holds the density, checkpoints that resume exactly.
+
+    teacher = copy.deepcopy(model)                       # optional, for distillation
+    lte.transform(model, ...)
+    train(model, batches, config, held_out=[...], teacher=teacher, directory=Path("runs/x"))
+
+`train` on a directory that holds a checkpoint goes on from it; the result equals that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
+from lte_compile.checkpointing import (
+    latest_checkpoint,
+    load_weights,
+    read_progress,
+    restore_optimizer,
+    restore_random,
+    save_checkpoint,
+)
+from lte_compile.config import Stage
+from lte_compile.controller import DensityController
+from lte_compile.losses import Batch, LossWeights, micro_batches, weighted_loss
+from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.train_config import Phase, TrainConfig, lte_phases
+
+# Batches the routers are fitted on: with 32 questions of about 12 tokens this is 6,000 tokens, ten per input component
+# of the small models measured here.
+FIT_BATCHES = 16
+
+
+class Batches(Protocol):
+    """Training data whose position can be saved (lte_compile.data.batches)."""
+
+    def next_batch(self) -> Batch: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One finished step: `density` is the latest held-out measurement (None before the first)."""
+
+    phase: str
+    step: int
+    steps: int
+    loss: float
+    density: float | None
+    eta: float
+
+
+OnStep = Callable[[StepEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What every phase of one training run shares."""
+
+    model: nn.Module
+    batches: Batches
+    config: TrainConfig
+    held_out: Sequence[Batch]
+    teacher: nn.Module | None
+    directory: Path | None
+    controller: DensityController
+    events: list[StepEvent]
+    on_step: OnStep
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    held_out: Sequence[Batch] = (),
+    teacher: nn.Module | None = None,
+    directory: Path | None = None,
+    phases: Sequence[Phase] | None = None,
+    on_step: OnStep = lambda event: None,
+) -> tuple[StepEvent, ...]:
+    """Train in place through `phases` (by default LTE's two stages); returns every step's event.
+
+    Args:
+        model: takes batches as keyword arguments and returns `.loss` and `.logits`, as transformers models do.
+        held_out: batches the density is measured on, in eval mode; needed by phases that train routers.
+        teacher: a dense model for `config.distillation`.
+        directory: where checkpoints go; one that is there already is resumed.
+
+    Raises:
+        ValueError: held-out data or a teacher is missing, the model is not transformed, or a checkpoint is damaged or
+            of another model.
+        FloatingPointError: the loss became NaN or infinite; the newest checkpoint is intact.
+    """
+    phases = tuple(lte_phases(config) if phases is None else phases)
+    _check(model, config, phases, held_out, teacher)
+    controller = DensityController(target=config.target_density)
+    run = _Run(
+        model=model,
+        batches=batches,
+        config=config,
+        held_out=held_out,
+        teacher=teacher.eval() if teacher else None,
+        directory=directory,
+        controller=controller,
+        events=[],
+        on_step=on_step,
+    )
+    checkpoint = latest_checkpoint(directory) if directory else None
+    first_phase, first_step = _resume(run, checkpoint) if checkpoint else (0, 0)
+    if not checkpoint:
+        torch.manual_seed(config.seed)
+    for index in range(first_phase, len(phases)):
+        resumed = checkpoint if index == first_phase else None
+        _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
+    if any(phase.trains_routers for phase in phases):
+        calibrate(model, held_out)
+    return tuple(run.events)
+
+
+def _check(
+    model: nn.Module, config: TrainConfig, phases: Sequence[Phase], held_out: Sequence[Batch], teacher: nn.Module | None
+) -> None:
+    if any(phase.stage is not None for phase in phases):
+        require_routers(model)
+    if any(phase.trains_routers for phase in phases) and not held_out:
+        raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
+    if config.distillation and teacher is None:
+        raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
+
+
+def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, checkpoint: Path | None) -> None:
+    phase = phases[index]
+    _enter(run, phase, fresh=first_step == 0)
+    optimizer = build_optimizer(run.model, run.config)
+    if checkpoint and first_step:
+        restore_optimizer(checkpoint, optimizer)
+    if checkpoint:
+        restore_random(checkpoint)
+    number = sum(earlier.steps for earlier in phases[:index])
+    for step in range(first_step, phase.steps):
+        _set_rates(optimizer, run.config, step, phase.steps)
+        loss = _step(run, phase, optimizer, step)
+        _report(run, phase, step, loss)
+        done = step + 1
+        every = run.config.checkpoint_every
+        if run.directory and every and ((number + done) % every == 0 or done == phase.steps):
+            save_checkpoint(run.directory, number + done, run.model, optimizer, _progress(run, index, done))
+
+
+def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
+    """Put the model into the phase's stage; on a fresh start also fit routers, or place the threshold they ended at."""
+    model, config = run.model, run.config
+    if phase.stage is None:
+        model.train()
+        return
+    if fresh and phase.trains_routers and config.fit_router:
+        fit_routers(model, _peek(run.batches, FIT_BATCHES), config.target_density)
+    if fresh and phase.stage is Stage.HARD and phase.selection is None and run.held_out:
+        calibrate(model, run.held_out)
+        set_density(model, config.target_density)
+    set_stage(model, phase.stage, selection=phase.selection)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+
+
+def _peek(batches: Batches, count: int) -> list[Batch]:
+    """The next batches, without moving on. Labels are left out: routers are fitted to inputs."""
+    position = batches.state_dict()
+    seen: list[Batch] = [{k: v for k, v in batches.next_batch().items() if k != "labels"} for _ in range(count)]
+    batches.load_state_dict(position)
+    return seen
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW with the routers in a group of their own; frozen parameters are left out."""
+    router_ids = {id(p) for router in routers(model) for p in router.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if id(p) not in router_ids],
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [p for p in trained if id(p) in router_ids],
+            "lr": config.router_learning_rate,
+            "weight_decay": config.router_weight_decay,
+        },
+    ]
+    kept = [{**group, "peak": group["lr"]} for group in groups if group["params"]]
+    return AdamW(kept, betas=(0.9, 0.999))
+
+
+def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, steps: int) -> None:
+    rising = max(round(config.warmup * steps), 1)
+    share = min((step + 1) / rising, (steps - step) / max(steps - rising, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def _step(run: _Run, phase: Phase, optimizer: Optimizer, step: int) -> float:
+    config = run.config
+    weights = _loss_weights(run, phase, step)
+    device = next(run.model.parameters()).device
+    batch = {name: value.to(device) for name, value in run.batches.next_batch().items()}
+    total = torch.zeros((), device=device)
+    for part in micro_batches(batch, config.accumulation):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            loss = weighted_loss(run.model, part, weights, run.teacher)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if not torch.isfinite(total):
+        raise FloatingPointError(f"the loss became {total.item()} in {phase.name}, step {step + 1}; lower the rates")
+    nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(total)
+
+
+def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
+    distillation = run.config.distillation if phase.stage is not None else 0.0
+    if not phase.trains_routers:
+        return LossWeights(distillation=distillation)
+    ramp = (step + 1) / phase.steps
+    eta = run.controller.eta
+    return LossWeights(efficiency=eta, separability=run.config.separability * ramp, distillation=distillation)
+
+
+def _report(run: _Run, phase: Phase, step: int, loss: float) -> None:
+    if phase.stage is not None and run.held_out and (step + 1) % run.config.measure_every == 0:
+        density = evaluate_routers(run.model, run.held_out).density()
+        run.controller.latest = density
+        if phase.trains_routers:
+            run.controller.measure(density)
+    event = StepEvent(
+        phase=phase.name,
+        step=step + 1,
+        steps=phase.steps,
+        loss=loss,
+        density=run.controller.latest if phase.stage is not None else None,
+        eta=run.controller.eta if phase.trains_routers else 0.0,
+    )
+    run.events.append(event)
+    run.on_step(event)
+
+
+def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "step": step,
+        "batches": dict(run.batches.state_dict()),
+        "controller": run.controller.state_dict(),
+        "thresholds": [router.threshold for router in routers(run.model)],
+        "quantiles": [router.score_quantiles for router in routers(run.model)],
+        "events": [asdict(event) for event in run.events],
+    }
+
+
+def _resume(run: _Run, checkpoint: Path) -> tuple[int, int]:
+    """Restore everything but optimizer and random state; returns the phase and step to go on with."""
+    progress = read_progress(checkpoint)
+    load_weights(checkpoint, run.model)
+    run.batches.load_state_dict(progress["batches"])
+    run.controller.load_state_dict(progress["controller"])
+    for router, threshold, quantiles in zip(
+        routers(run.model), progress["thresholds"], progress["quantiles"], strict=True
+    ):
+        router.threshold, router.score_quantiles = threshold, tuple(quantiles)
+    run.events.extend(StepEvent(**event) for event in progress["events"])
+    return progress["phase"], progress["step"]

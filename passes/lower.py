@@ -1,0 +1,95 @@
+"""LowerSparse: router, threshold and expert FFN become one lte.sparse_ffn node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+
+from lte_compile.passes.anchors import arguments, computed_value, is_lte, lte_nodes
+from lte_compile.passes.building import Builder
+from lte_compile.passes.ir import CapturedGraph, Level, PassReport, Rejection
+
+LOWERED_RULE = "threshold"
+# Why the gates of another rule cannot become lte.sparse_ffn's own [score > tau].
+_RULE_OBSTACLES = {
+    "dense": "dense gates select every expert",
+    "soft": "soft gates scale experts, they do not select",
+    "straight_through": "straight-through gates pass gradients to the router, which lte.sparse_ffn does not",
+}
+
+
+@dataclass(frozen=True)
+class LowerSparse:
+    """For inference: lte.sparse_ffn decides by itself which experts run, and its gates carry no gradient.
+
+        gates = lte.select(lte.route(x, w, b), "threshold", tau)
+        y = lte.expert_ffn(x, gates, ...)   ==>   y = lte.sparse_ffn(x, w, b, ..., tau)
+
+    1. Only where router and FFN read the same x.
+    2. Only rule "threshold"; other rules keep lte.expert_ffn.
+    3. Scores or gates read elsewhere (a traced router) keep their nodes, and lte.expert_ffn with them.
+    """
+
+    name: ClassVar[str] = "lower-sparse"
+    requires: ClassVar[Level] = Level.ROUTED
+    ensures: ClassVar[Level] = Level.LOWERED
+    limit: int | None = None
+
+    def __call__(self, graph: CapturedGraph) -> PassReport:
+        changes: list[str] = []
+        refusals = [
+            Rejection(node=anchor.name, reason="it is no lte.expert_ffn: fuse-experts left it alone")
+            for anchor in lte_nodes(graph, "gate_hidden")
+        ]
+        for node in list(lte_nodes(graph, "expert_ffn")):
+            reason = lowering_obstacle(node)
+            if reason is None and self.limit is not None and len(changes) >= self.limit:
+                reason = "the limit on rewrites is reached"
+            if reason is None:
+                changes.append(_rewrite(graph, node))
+            else:
+                refusals.append(Rejection(node=node.name, parameter=_down_name(graph, node), reason=reason))
+        return PassReport(name=self.name, changes=tuple(changes), refusals=tuple(refusals))
+
+
+def lowering_obstacle(node: fx.Node) -> str | None:
+    """Why an lte.expert_ffn node cannot become lte.sparse_ffn; None when it can."""
+    given = arguments(node)
+    select = computed_value(given["gates"])
+    if not is_lte(select, "select"):
+        return f"its gates come from {select.name}, not from lte.select in this graph"
+    selection = arguments(select)
+    if selection["rule"] != LOWERED_RULE:
+        return _RULE_OBSTACLES.get(selection["rule"], f"lte.sparse_ffn has no selection rule {selection['rule']!r}")
+    route = computed_value(selection["scores"])
+    if not is_lte(route, "route"):
+        return f"its scores come from {route.name}, not from lte.route in this graph"
+    if computed_value(arguments(route)["x"]) is not computed_value(given["x"]):
+        return "its router reads another tensor than the FFN"
+    if len(route.users) > 1:
+        return "its scores are read elsewhere"
+    return None
+
+
+def _rewrite(graph: CapturedGraph, node: fx.Node) -> str:
+    given = arguments(node)
+    selection = arguments(computed_value(given["gates"]))
+    router = arguments(computed_value(selection["scores"]))
+    weights = (given[name] for name in ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down"))
+    offsets: tuple[Any, ...] = () if given["expert_offsets"] is None else (given["expert_offsets"],)
+    lowered = Builder(graph, node).call(
+        torch.ops.lte.sparse_ffn.default,
+        *(given["x"], router["weight"], router["bias"], *weights),
+        *(given["activation"], given["expert_size"], selection["tau"], *offsets),
+    )
+    node.replace_all_uses_with(lowered)
+    return f"{_down_name(graph, node)}: {node.name} became {lowered.name}"
+
+
+def _down_name(graph: CapturedGraph, node: fx.Node) -> str | None:
+    """The name of the down-projection's weight, seen through its transpose."""
+    source = computed_value(arguments(node)["w_down"])
+    return graph.parameters.get(source.name)

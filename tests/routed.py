@@ -1,0 +1,57 @@
+"""Transformed tiny models for tests: tracing one takes seconds, copying one milliseconds, so each is traced once."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.config import TransformConfig
+from lte_compile.routing import routers
+from lte_compile.transform import transform
+from tests import zoo
+
+EXPERT_SIZE = 24  # does not divide the 128 neurons of the zoo's models: the last of six experts has 8
+
+
+def routed(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Any]]:
+    """A fresh copy of the family's transformed model, in stage "dense", and its inputs."""
+    model, inputs = _routed(name, dtype)
+    return deepcopy(model), dict(inputs)
+
+
+@cache
+def _routed(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = zoo.build(name, dtype)
+    transform(model, TransformConfig(expert_size=EXPERT_SIZE))
+    for number, router in enumerate(routers(model)):  # scores on both sides of the threshold, another in each layer
+        generator = torch.Generator().manual_seed(number)
+        router.load_initial(torch.randn(router.weight.shape, generator=generator), torch.zeros(router.num_experts))
+    return model, inputs
+
+
+class Block(nn.Module):
+    """The smallest model with an FFN: x + down(relu(up(x)))."""
+
+    def __init__(self, width: int = 16, hidden: int = 40, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, dtype=dtype)
+        self.down = nn.Linear(hidden, width, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def stack(blocks: int = 2, width: int = 16, hidden: int = 40, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Blocks of fixed random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(*(Block(width, hidden, dtype) for _ in range(blocks)))
+
+
+def tokens(*shape: int, width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Random inputs [*shape, width]."""
+    return torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
