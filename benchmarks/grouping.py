@@ -33,7 +33,6 @@ from lte_compile.config import Grouping
 from lte_compile.grouping import GroupingRequest, group_neurons
 from lte_compile.router_init import RidgeRouterFit, centroid_router, group_energy
 
-
 RESULTS = Path(__file__).parent / "results" / "grouping.json"
 SEEDS = (0, 1, 2)
 DENSITIES = (0.1, 0.3, 0.5)
@@ -45,14 +44,20 @@ def main() -> None:
     arguments = _arguments()
     folder, gguf = arguments.gguf.parent, arguments.gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
-    record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": _environment()}
+    made_by = {"command": shlex.join(["python", *sys.argv]), "environment": _environment()}
     gate_FD = model.model.layers[0].mlp.gate_proj.weight.detach()
-    record["kmeans"] = {f"{n} threads": _compare_kmeans(gate_FD, arguments.expert_size, n) for n in arguments.threads}
+    by_threads = {f"{n} threads": _compare_kmeans(gate_FD, arguments.expert_size, n) for n in arguments.threads}
+    _save("kmeans", {**made_by, "results": by_threads})
     if arguments.text is not None:
-        record["energy"] = _energy_captured(model, arguments)
+        _save("energy", {**made_by, "results": _energy_captured(model, arguments)})
+
+
+def _save(part: str, record: dict[str, Any]) -> None:
+    """Replace one part of the result file; the other keeps the command and environment it was made by."""
     RESULTS.parent.mkdir(exist_ok=True)
+    saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     partial = RESULTS.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps({**saved, part: record}, indent=2) + "\n")
     partial.replace(RESULTS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -68,7 +69,7 @@ def export_program(
     with staging(path) as folder:
         refusals = [refusal for report in passes for refusal in report.refusals]
         masked_dense = tuple(_without_prefix(r, strip_prefix) for r in find_masked_dense(program, refusals))
-        exported = _translate(to_standard_ops(program), opset, input_names, output_names, axis_names)
+        exported = _translate(program, opset, input_names, output_names, axis_names)
         model = _finish(exported, opset, strip_prefix)
         has_data = _save(model, folder / path.name)
         onnx.checker.check_model(str(folder / path.name), full_check=True)
@@ -99,12 +100,12 @@ def _translate(
 ) -> torch.onnx.ONNXProgram:
     with _quiet_exporter():
         exported = torch.onnx.export(
-            program,
+            to_standard_ops(program),
             dynamo=True,
             opset_version=opset,
             input_names=input_names,
             output_names=output_names,
-            dynamic_shapes=None if axis_names is None else _first_mentions(axis_names),
+            dynamic_shapes=None if axis_names is None else list(axis_names),
             custom_translation_table=translation_table(),
             optimize=False,  # nodes are named after the weights they read, which the optimizer renames
             verbose=False,
@@ -119,24 +120,17 @@ def _without_prefix(rejection: Rejection, prefix: str) -> Rejection:
     return rejection if name is None else replace(rejection, parameter=name.removeprefix(prefix))
 
 
-def _first_mentions(axis_names: Sequence[Mapping[int, str]]) -> list[dict[int, str]]:
-    """Each name where it first occurs: torch follows equal axes by itself and warns when told a name twice."""
-    seen: set[str] = set()
-    result = []
-    for axes in axis_names:
-        result.append({axis: name for axis, name in axes.items() if name not in seen})
-        seen.update(axes.values())
-    return result
-
-
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without torch's notes on optional packages it did not find; errors still come through."""
+    """Without torch's notes on optional packages, axes that share a name and its own deprecations; errors pass."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="# The axis name")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)
+            yield
     finally:
         logger.setLevel(level)
 

@@ -15,7 +15,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Source = "str | PathLike[str] | ort.InferenceSession"
 
 _DTYPES: Final[Mapping[str, type[np.generic]]] = {
     "tensor(float)": np.float32,
@@ -121,10 +120,10 @@ class OrtGenerator:
         """
         ids_BT, mask_BT = _prompt(input_ids, attention_mask)
         batch = ids_BT.shape[0]
-        past = {cache.name: cache.empty(batch) for cache in self.caches}
+        past = self.empty_cache(batch)
         is_done_B = np.zeros(batch, bool)
         for _ in range(max_new_tokens):
-            logits_BTV, past = self._step(ids_BT, mask_BT, past)
+            logits_BTV, past = self.step(ids_BT, mask_BT, past)
             next_B = np.where(is_done_B, pad_token_id, logits_BTV[:, -1].argmax(-1)).astype(np.int64)
             yield next_B
             if eos_token_id is not None:
@@ -140,7 +139,15 @@ class OrtGenerator:
         tokens = list(self.stream(input_ids, attention_mask, **options))
         return np.concatenate([ids_BT, *(token_B[:, None] for token_B in tokens)], axis=1)
 
-    def _step(self, ids_BT: Array, mask_BT: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def empty_cache(self, batch: int) -> dict[str, Array]:
+        """What `step` takes for a first call: no past for any layer."""
+        return {cache.name: cache.empty(batch) for cache in self.caches}
+
+    def step(self, ids_BT: Array, mask_BT: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """One call of the model: logits [B, T, V] of the new tokens `ids_BT`, and the grown cache.
+
+        `mask_BT` covers past and new tokens, [B, P + T].
+        """
         positions_BT = np.maximum(mask_BT.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
         feed = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
         feed = {name: value for name, value in feed.items() if name in self.input_names} | dict(past)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,8 @@ MAX_DECODE_EXPERTS = 2048
 DECODE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a choice may depend on: never the values of a tensor on an accelerator."""
+class Request(NamedTuple):
+    """What a choice may depend on: never the values of a tensor. A tuple, as one is made and hashed in every call."""
 
     op: str
     device: str

@@ -23,8 +23,11 @@ def score_dtype(x: Tensor) -> torch.dtype:
 def route_reference(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """Scores [..., E] in (0, 1) of x [..., D], computed and returned in fp32 (fp64 for fp64 x)."""
     dtype = score_dtype(x_D)
-    bias = None if bias_E is None else bias_E.to(dtype)
-    return torch.sigmoid(F.linear(x_D.to(dtype), weight_ED.to(dtype), bias))
+    if not (x_D.dtype == weight_ED.dtype == dtype):  # one-token decode on a CPU feels a call that does nothing
+        x_D, weight_ED = x_D.to(dtype), weight_ED.to(dtype)
+    if bias_E is not None and bias_E.dtype != dtype:
+        bias_E = bias_E.to(dtype)
+    return torch.sigmoid(F.linear(x_D, weight_ED, bias_E))
 
 
 def check_router(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> None:

@@ -44,11 +44,13 @@ def _insert(model: fx.GraphModule, routers: Sequence[Router], example_inputs: In
         routers={router.site.down: router for router in routers}, expert_size=routers[0].config.expert_size
     )
     report = insert(capture_graph_module(model, example_inputs))
-    refused = [refusal for refusal in report.refusals if refusal.parameter in insert.routers]
-    if not refused:
+    inserted = set(model.modules())
+    missing = [router.site.down for router in routers if router not in inserted]
+    if not missing:
         return
     model.graph = before
     for router in routers:
         if router_path(router.site) in dict(model.named_modules()):
             model.delete_submodule(router_path(router.site))
-    raise ValueError(f"no router fits into the graph at {refused[0].parameter}: {refused[0].reason}")
+    reasons = {refusal.parameter: refusal.reason for refusal in report.refusals}
+    raise ValueError(f"no router fits into the graph at {missing[0]}: {reasons.get(missing[0], 'no FFN is there')}")

@@ -18,7 +18,7 @@ import torch._dynamo
 import torch.fx as fx
 from torch import Tensor, nn
 
-from lte_compile.passes.anchors import level_of
+from lte_compile.passes.anchors import is_lte, level_of
 from lte_compile.passes.copying import copy_graph_module
 from lte_compile.passes.dataflow import CONSTANT_KEY
 from lte_compile.passes.fuse import FuseExperts
@@ -29,6 +29,10 @@ from lte_compile.passes.pipeline import run_pipeline
 __all__ = ["COMPILERS", "lte_backend"]
 
 COMPILERS = ("inductor", "aot_eager", "eager")
+_NOTHING_ROUTED = (
+    "backend 'lte' found no routed FFN and compiles the model as it is; "
+    "lte_compile.transform(model) routes a model's FFNs"
+)
 Compiled = Callable[..., Any]
 
 
@@ -56,27 +60,43 @@ def lte_backend(
         ValueError: an unknown option, compiler or mode.
     """
     compiler = _compiler(options or {}, mode)
-    rewritten, reports = rewrite_graph(gm, example_inputs)
-    if not reports and any(isinstance(value, nn.Parameter) for value in example_inputs):
-        warnings.warn(
-            "backend 'lte' found no routed FFN, so the model compiles as it is; call lte_compile.transform(model) first",
-            stacklevel=2,
-        )
-    return compiler(rewritten, list(example_inputs))
+    rewritten, _ = rewrite_graph(gm, example_inputs)
+    if not _has_lte_nodes(rewritten) and any(isinstance(value, nn.Parameter) for value in example_inputs):
+        warnings.warn(_NOTHING_ROUTED, stacklevel=2)
+    compiled: Compiled = compiler(rewritten, list(example_inputs))
+    return compiled
 
 
-def rewrite_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
+def _has_lte_nodes(gm: fx.GraphModule) -> bool:
+    """Also inside of checkpointed regions, which Dynamo keeps as graphs of their own."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    return any(is_lte(node) for graph in graphs for node in graph.nodes)
+
+
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
     """A rewritten copy of a graph from Dynamo, which reads its own again later; no reports where nothing is routed."""
-    copied = _clone(gm)
-    graph = CapturedGraph(module=copied, parameters=_parameters(copied, example_inputs), route="dynamo")
-    if level_of(graph) is not Level.ROUTED:
-        return copied, ()
     passes: tuple[Pass, ...] = (FuseExperts(),)
     if not _needs_gradients(example_inputs):
         passes += (LowerSparse(),)
-    return copied, run_pipeline(graph, passes)
+    copied = _clone(gm)
+    return copied, _run_passes(copied, _parameters(copied, example_inputs), passes)
+
+
+def _run_passes(gm: fx.GraphModule, parameters: Mapping[str, str], passes: Sequence[Pass]) -> tuple[PassReport, ...]:
+    """Rewrites `gm` in place, and copies of the graphs it calls: Dynamo keeps a checkpointed layer as one."""
+    graph = CapturedGraph(module=gm, parameters=parameters, route="dynamo")
+    reports = run_pipeline(graph, passes) if level_of(graph) is Level.ROUTED else ()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        called = getattr(gm, str(node.target), None)
+        call = next(iter(node.users), None)
+        if not isinstance(called, fx.GraphModule) or call is None or call.args[:1] != (node,):
+            continue
+        inner = copy_graph_module(called)
+        given = zip(inner.graph.find_nodes(op="placeholder"), call.args[1:], strict=False)
+        names = {p.name: parameters[a.name] for p, a in given if isinstance(a, fx.Node) and a.name in parameters}
+        setattr(gm, str(node.target), inner)
+        reports += _run_passes(inner, names, passes)
+    return reports
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
@@ -123,7 +143,7 @@ def _clone(gm: fx.GraphModule) -> fx.GraphModule:
     copy = copy_graph_module(gm)
     for original, copied in _pairs(gm.graph, copy.graph):
         if hasattr(original, "_dynamo_source"):
-            copied._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = original._dynamo_source
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
     return copy

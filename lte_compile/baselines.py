@@ -9,24 +9,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lte_compile.config import Stage
-from lte_compile.kernels.selection import Gradient, selection_rule
-from lte_compile.passes.ir import FfnSite
-from lte_compile.train_config import Phase
+from lte_compile.passes.ir import FfnSite, Fusion
 
 
-@selection_rule("none", gradient=Gradient.NONE)
-def none(scores: Tensor, tau: float) -> Tensor:
-    """No expert, ever: what is left of a model without its FFNs. The control that says what they are worth."""
-    return torch.zeros_like(scores)
+class _Zeros(nn.Module):
+    """In place of an up or gate projection: what it gives does not matter, only its width."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD.new_zeros(()).expand(*x_TD.shape[:-1], self.hidden)
 
 
-def ffn_free_phase(steps: int) -> Phase:
-    """Training of a transformed model in which no expert is ever selected."""
-    return Phase(name="FFN-free control", steps=steps, stage=Stage.HARD, selection="none")
+class _BiasOnly(nn.Module):
+    """In place of a down-projection: what an FFN gives when no expert is selected."""
+
+    def __init__(self, width: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.width = width
+        self.bias = bias
+
+    def forward(self, hidden_TF: Tensor) -> Tensor:
+        zeros_TD = hidden_TF.new_zeros(()).expand(*hidden_TF.shape[:-1], self.width)
+        return zeros_TD if self.bias is None else zeros_TD + self.bias
+
+
+def remove_ffns(model: nn.Module, sites: Sequence[FfnSite]) -> nn.Module:
+    """Take the FFNs out of a dense model, in place: as if no expert were ever selected. Only the down biases stay.
+
+    Trained like LTE, this is the control that says what the FFNs are worth on a task at all.
+    """
+    for site in sites:
+        projections = {name.rpartition(".")[0] for name in (site.up, site.gate) if name}
+        bias = model.get_parameter(site.down_bias) if site.down_bias else None
+        width = site.hidden if site.fusion is Fusion.SEPARATE else 2 * site.hidden
+        for name in projections:
+            model.set_submodule(name, _Zeros(width))
+        model.set_submodule(site.down.rpartition(".")[0], _BiasOnly(site.width, bias))
+    return model
 
 
 @contextmanager

@@ -31,7 +31,6 @@ from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 LAYERS = 6
 # Rounds in which dense and all densities take turns, so that a disturbance of the machine meets all of them.
 ROUNDS = 5
-# CUDA events resolve half a microsecond; an event around all layers divides that by their number.
 PERCENTILES = (20, 50, 80)
 
 
@@ -152,7 +151,8 @@ def _random_layer(shape: FfnShape, dtype: torch.dtype, device: str, seed: int) -
 
     def draw(*size: int) -> Tensor:
         # Columns of length about 1, so that activations stay clear of denormals and infinities.
-        return (torch.randn(*size, generator=generator) / size[-1] ** 0.5).to(device, dtype)
+        values: Tensor = torch.randn(*size, generator=generator) / size[-1] ** 0.5
+        return values.to(device, dtype)
 
     d, f = shape.width, shape.hidden
     bias_F, bias_D = (draw(f), draw(d)) if shape.biases else (None, None)
@@ -173,7 +173,8 @@ def _dense_calls(stack: Sequence[_Layer], activation: str) -> list[Call]:
         up, gate, _, up_bias, gate_bias, down_bias = layer.weights
         up_F = F.linear(layer.x_D, up, up_bias)
         hidden_F = act(up_F) if gate is None else act(F.linear(layer.x_D, gate, gate_bias)) * up_F
-        return F.linear(hidden_F, layer.dense_down_DF, down_bias)
+        y_D: Tensor = F.linear(hidden_F, layer.dense_down_DF, down_bias)
+        return y_D
 
     return [lambda layer=layer: call(layer) for layer in stack]  # type: ignore[misc]  # mypy: lambda's default
 
@@ -196,7 +197,7 @@ def _sparse_calls(stack: Sequence[_Layer], shape: FfnShape, density: float) -> l
 def _threshold_selecting(layer: _Layer, count: int) -> float:
     """A tau that exactly `count` of the layer's scores exceed."""
     scores_E = torch.ops.lte.route(layer.x_D, layer.router_ED, None).flatten().double().sort(descending=True).values
-    bounded = [1.0, *scores_E.tolist(), 0.0]
+    bounded: list[float] = [1.0, *scores_E.tolist(), 0.0]
     return (bounded[count] + bounded[count + 1]) / 2
 
 
@@ -252,7 +253,7 @@ def _cuda_samples(of_layers: Sequence[Call], seconds: float) -> list[float]:
     samples: list[float] = []
     end = perf_counter() + seconds
     while not samples or perf_counter() < end:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         stop.record()

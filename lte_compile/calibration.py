@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_compile.config import Stage
-from lte_compile.modes import eval_mode, in_stage
+from lte_compile.modes import eval_mode, in_stage, on_device
 from lte_compile.padding import PaddingReader, drop_padding
 from lte_compile.passes.ir import FfnSite, WeightLayout
 from lte_compile.router_init import RidgeRouterFit
@@ -92,12 +92,17 @@ def down_norms(model: nn.Module, site: FfnSite) -> Tensor:
 @torch.no_grad()
 def _run(model: nn.Module, batches: Iterable[Batch], watchers: Mapping[FfnSite, SeeFfn]) -> None:
     """Run the model in eval mode, showing each watcher its FFN's inputs [T, D] and ungated hidden values [T, F]."""
-    count = 0
     with eval_mode(model), _watching(model, watchers):
-        for batch in batches:
-            model(**batch)
-            count += 1
-    if not count:
+        for batch in _at_least_one(batches):
+            model(**on_device(model, batch))
+
+
+def _at_least_one(batches: Iterable[Batch]) -> Iterator[Batch]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
         raise ValueError("no batches were given; pass at least one mapping of keyword arguments for the model")
 
 
@@ -137,8 +142,8 @@ class _WatchFfn:
 def evaluate_routers(model: nn.Module, batches: Iterable[Batch]) -> RouterTrace:
     """The trace of the hard-stage model in eval mode over all batches: the density that counts."""
     with eval_mode(model), in_stage(model, Stage.HARD), trace_routers(model) as trace:
-        for batch in batches:
-            model(**batch)
+        for batch in _at_least_one(batches):
+            model(**on_device(model, batch))
     return trace
 
 

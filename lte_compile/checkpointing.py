@@ -101,9 +101,10 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its folder to resume from the one before") from error
+    return tensors
 
 
 def _owned_state(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_compile.losses import Batch
-from lte_compile.modes import eval_mode
+from lte_compile.modes import eval_mode, on_device
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing import require_routers, routers
 from lte_compile.tracing import trace_routers
@@ -39,13 +39,11 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
     """Run every batch in eval mode, in the model's current stage. Batches carry `labels`; -100 is left out."""
-    device = next(model.parameters()).device
     right = total = loss = 0.0
     per_site: dict[str, list[float]] = {}
     with eval_mode(model):
         for batch in batches:
-            on_device = {k: v.to(device) for k, v in batch.items()}
-            logits_NC, labels_N = _predictions(model, on_device, per_site)
+            logits_NC, labels_N = _predictions(model, on_device(model, batch), per_site)
             right += float((logits_NC.argmax(-1) == labels_N).sum())
             loss += float(nn.functional.cross_entropy(logits_NC.float(), labels_N, reduction="sum"))
             total += len(labels_N)

@@ -1,6 +1,6 @@
 """graph: the traced graph of a model as text, before and after each pass.
 
-    print(lte_compile.graph(model))
+print(lte_compile.graph(model))
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lte_compile.capture import Inputs, capture_all
 from lte_compile.passes.anchors import is_lte, level_of
 from lte_compile.passes.copying import copy_captured
 from lte_compile.passes.fuse import FuseExperts
-from lte_compile.passes.ir import CapturedGraph, Level, Pass, PassReport
+from lte_compile.passes.ir import CapturedGraph, Level, Pass
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.match import find_ffns
 from lte_compile.passes.pipeline import PipelineStep, run_pipeline
@@ -26,21 +26,20 @@ _WHOLE_UP_TO = 60  # lines; longer graphs are shown around their FFNs only, to s
 
 @dataclass(frozen=True)
 class GraphStage:
-    """The graph after one pass (or as captured): whole, and shortened to what matters."""
+    """The graph as captured or after one pass: its whole text, what `str()` shows of it, and what the pass reported."""
 
     title: str
     text: str
     shown: str
-    report: PassReport | None = None
+    note: str = ""
 
     def __str__(self) -> str:
-        parts = [f"=== {self.title} ===", self.shown]
-        return "\n".join(parts if self.report is None else [*parts, "", str(self.report)])
+        return "\n".join([f"=== {self.title} ===", self.shown, *(["", self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)
 class GraphTrace:
-    """What `graph` returns: `str()` is for reading; `stages` hold each stage's whole text and report."""
+    """What `graph` returns: `str()` is for reading; `stages` hold each stage's whole text."""
 
     stages: tuple[GraphStage, ...]
 
@@ -75,12 +74,9 @@ def _dense_stages(captured: CapturedGraph, prefix: str) -> list[GraphStage]:
     members |= {linear.node for match in search.matches for linear in match.linears}
     lines = render_lines(captured)
     kept = [index for index, node in enumerate(lines) if node in members]
-    found = PassReport(
-        name="find-ffns",
-        changes=tuple(f"{match.site.name}: no router yet (lte_compile.transform adds one)" for match in search.matches),
-        refusals=search.rejections,
-    )
-    return [_stage(f"{prefix}captured (dense)", list(lines.values()), kept, found)]
+    found = [f"  {match.site.name or match.site.down}" for match in search.matches]
+    note = f"{len(found)} FFNs found, none has a router; lte_compile.transform adds them"
+    return [_stage(f"{prefix}captured (dense)", list(lines.values()), kept, "\n".join([note, *found]))]
 
 
 def _pass_stages(captured: CapturedGraph, prefix: str, lower: bool) -> list[GraphStage]:
@@ -98,14 +94,14 @@ def _pass_stages(captured: CapturedGraph, prefix: str, lower: bool) -> list[Grap
     for step, run in zip(steps, passes, strict=True):
         after = step.after.splitlines()
         kept = [*_changed(after, step.before.splitlines()), *_mentions_lte(after)]
-        stages.append(_stage(f"{prefix}after {run.name} ({run.ensures.value})", after, kept, step.report))
+        stages.append(_stage(f"{prefix}after {run.name} ({run.ensures.value})", after, kept, str(step.report)))
     return stages
 
 
-def _stage(title: str, lines: list[str], kept: Iterable[int], report: PassReport | None = None) -> GraphStage:
+def _stage(title: str, lines: list[str], kept: Iterable[int], note: str = "") -> GraphStage:
     whole = "\n".join(lines)
     shown = whole if len(lines) <= _WHOLE_UP_TO else excerpt(lines, set(kept))
-    return GraphStage(title, whole, shown, report)
+    return GraphStage(title, whole, shown, note)
 
 
 def _changed(lines: list[str], others: list[str]) -> list[int]:

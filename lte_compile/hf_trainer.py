@@ -82,16 +82,13 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         lte, model = self.trainer.lte, self.trainer.model
-        device = next(model.parameters()).device
-        self.held_out = [{k: v.to(device) for k, v in batch.items()} for batch in self.held_out]
         if lte.fit_router and state.global_step == 0:
-            fit_routers(model, [{k: v for k, v in b.items() if k != "labels"} for b in self.held_out], lte.target_density)
+            unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
+            fit_routers(model, unlabelled, lte.target_density)
         rule = "straight_through" if lte.gates is Gates.STRAIGHT_THROUGH else None
         set_stage(model, Stage.SOFT, selection=rule)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lte, model = self.trainer.lte, self.trainer.model
         in_stage1 = next(routers(model)).stage is Stage.SOFT
         if in_stage1 and state.global_step % lte.measure_every == 0:

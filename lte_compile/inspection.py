@@ -43,7 +43,8 @@ class Inspection:
 
     def _heading(self) -> str:
         graphs = "" if len(self.graphs) == 1 else f" in {len(self.graphs)} graphs"
-        return f"FFN sites: {len(self.sites)} (traced by {self.route}{graphs}), other linear layers: {len(self.rejections)}"
+        others = f"other linear layers: {len(self.rejections)}"
+        return f"FFN sites: {len(self.sites)} (traced by {self.route}{graphs}), {others}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sites, rejections and route."""

@@ -54,8 +54,9 @@ def load_classifier(path: Path, labels: Sequence[str]) -> tuple[nn.Module, Any]:
         ignore_mismatched_sizes=not has_classifier(path, labels),
         **naming,
     )
-    if model.config.pad_token_id is None:  # decoders find each text's last token by it
-        model.config.pad_token_id = _padding(tokenizer)
+    config: Any = model.config
+    if config.pad_token_id is None:  # decoders find each text's last token by it
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return model, tokenizer
 
 
@@ -129,8 +130,3 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> nn.Module:
     except OSError as error:
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return model
-
-
-def _padding(tokenizer: Any) -> int | None:
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad

@@ -1,11 +1,12 @@
-"""Running a model in another mode for a while: eval mode, or another stage. Everything is restored afterwards."""
+"""Running a model in another mode for a while: eval mode, or another stage; and on whatever device it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lte_compile.config import Stage
 from lte_compile.routing import require_routers, set_stage
@@ -35,3 +36,9 @@ def in_stage(model: nn.Module, stage: Stage) -> Iterator[None]:
         for router, old_stage, old_rule, trains in before:
             router.stage, router.rule = old_stage, old_rule
             router.requires_grad_(trains)
+
+
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors on the model's device."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

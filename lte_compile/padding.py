@@ -45,7 +45,7 @@ class PaddingReader:
 
 
 def drop_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[tokens that count, C] out of values [..., C]. A mask that does not line up counts all of them, with a warning."""
+    """[tokens that count, C] out of [..., C]. A mask that does not line up counts all of them, with a warning."""
     flat_TC = values.reshape(-1, values.shape[-1])
     if mask is None:
         return flat_TC
@@ -69,5 +69,6 @@ def _decoder_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of an encoder-decoder's decoder; none for other models, whose one mask is `attention_mask`."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         return set()
-    decoder = model.get_decoder()
+    get_decoder: Any = model.get_decoder
+    decoder = get_decoder()
     return set(decoder.modules()) if isinstance(decoder, nn.Module) else set()

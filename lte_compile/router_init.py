@@ -49,7 +49,7 @@ def centroid_router(
     _check_expert_size(expert_size, weights_FD.shape[0])
     _check_scale(density, threshold, logit_std)
     rows_FD = torch.nn.functional.normalize(weights_FD.detach().float(), dim=1)
-    means_ED = torch.stack([rows_SD.mean(0) for rows_SD in rows_FD.split(expert_size)])
+    means_ED = torch.stack([rows_SD.mean(0) for rows_SD in torch.split(rows_FD, expert_size)])
     w_router_ED = logit_std * torch.nn.functional.normalize(means_ED, dim=1)
     bias = _logit(threshold) + logit_std * NormalDist().inv_cdf(density)
     return w_router_ED, torch.full_like(w_router_ED[:, 0], bias)
@@ -62,8 +62,9 @@ def group_energy(hidden_TF: Tensor, down_norms_F: Tensor, expert_size: int) -> T
     orthogonal. `down_norms_F`: length of each neuron's down-projection row, `w_down_DF.norm(dim=0)`.
     """
     energy_TF = (hidden_TF * down_norms_F).square()
-    padding = -energy_TF.shape[1] % expert_size
-    return torch.nn.functional.pad(energy_TF, (0, padding)).unflatten(1, (-1, expert_size)).sum(-1)
+    experts = -(-energy_TF.shape[1] // expert_size)
+    padding = experts * expert_size - energy_TF.shape[1]
+    return torch.nn.functional.pad(energy_TF, (0, padding)).view(-1, experts, expert_size).sum(-1)
 
 
 class RidgeRouterFit:
@@ -192,8 +193,9 @@ class RidgeRouterFit:
         mean_x_D, mean_y_E = self._sum_x_D / self._tokens, self._sum_y_E / self._tokens
         cov_xx_DD = self._sum_xx_DD / self._tokens - torch.outer(mean_x_D, mean_x_D)
         cov_xy_DE = self._sum_xy_DE / self._tokens - torch.outer(mean_x_D, mean_y_E)
-        variance = cov_xx_DD.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # constant inputs
-        cov_xx_DD.diagonal().add_(self._ridge * variance)
+        # inputs that hardly vary about their mean: what varies is rounding, which the floor keeps from being fitted
+        floor = 1e-6 * self._sum_xx_DD.diagonal().mean() / self._tokens + torch.finfo(torch.float32).tiny
+        cov_xx_DD.diagonal().add_(self._ridge * torch.maximum(cov_xx_DD.diagonal().mean(), floor))
         slope_ED = torch.linalg.solve(cov_xx_DD, cov_xy_DE).T
         return slope_ED, mean_y_E - slope_ED @ mean_x_D
 

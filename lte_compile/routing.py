@@ -73,12 +73,10 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.copy_(bias_E)
 
-    @torch.no_grad()
-    def selected(self, scores_TE: Tensor) -> Tensor:
-        """Which experts the hard stage would run for these scores: boolean [T, E]. All of them in the dense stage."""
-        rule = "dense" if self.stage is Stage.DENSE else self.config.selection
-        selected_TE: Tensor = torch.ops.lte.select(scores_TE, rule, self.threshold) != 0
-        return selected_TE
+    @property
+    def active_rule(self) -> str:
+        """The rule that says which experts are active: all in the dense stage, in the soft one the hard stage's."""
+        return self.config.selection if self.stage is Stage.SOFT else self.rule
 
     @property
     def expert_sizes(self) -> Tensor:
@@ -114,7 +112,8 @@ class ComputeGates:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x_TD = args[0] if args else next(iter(kwargs.values()))
-        self.handover.gates_TE = module.router(x_TD.movedim(1, -1) if _channels_first(module) else x_TD)
+        router: Any = module.router
+        self.handover.gates_TE = router(x_TD.movedim(1, -1) if _channels_first(module) else x_TD)
 
 
 class ApplyGates:

@@ -29,11 +29,13 @@ SEPARABILITY_EPS = 1e-2
 
 
 class RouterRecord(NamedTuple):
-    """One call of one router: the scores it gave, [T, E] with any leading dims, and the masks of that model call."""
+    """One call of one router: the scores it gave, [T, E] with any leading dims, and what applied at that time."""
 
     router: Router
     scores_TE: Tensor
     masks: PaddingMasks
+    rule: str
+    threshold: float
 
 
 class RouterTrace:
@@ -50,7 +52,8 @@ class RouterTrace:
 
     def record(self, router: Router, scores_TE: Tensor) -> None:
         """Called by a router while the trace is open."""
-        self._records.append(RouterRecord(router, scores_TE, self._padding.current))
+        masks = self._padding.current
+        self._records.append(RouterRecord(router, scores_TE, masks, router.active_rule, router.threshold))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -60,25 +63,26 @@ class RouterTrace:
     @property
     def num_scores(self) -> int:
         """How many scores (token, layer, expert) the losses average over; weighs micro-batches against each other."""
-        return sum(scores_TE.numel() for _, scores_TE in self._counted(None))
+        return sum(record.scores_TE.numel() for record in self._counted(None))
 
     def efficiency_loss(self, site: str | None = None) -> Tensor:
         """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one."""
-        return _pooled_mean([scores_TE.square() for _, scores_TE in self._counted(site)])
+        return _pooled_mean([record.scores_TE.square() for record in self._counted(site)])
 
     def separability_loss(self, site: str | None = None, *, eps: float = SEPARABILITY_EPS) -> Tensor:
         """L_sep: mean of 1 / ((score - tau)^2 + eps), the paper's term (section 4.2) bounded by `eps`."""
         counted = self._counted(site)
-        return _pooled_mean([1.0 / ((scores_TE - r.threshold).square() + eps) for r, scores_TE in counted])
+        return _pooled_mean([1.0 / ((r.scores_TE - r.threshold).square() + eps) for r in counted])
 
     @torch.no_grad()
     def neuron_counts(self, site: str | None = None) -> dict[str, tuple[int, int]]:
         """(active, all) neurons summed over non-padding tokens, per site or for one."""
         counts: dict[str, tuple[int, int]] = {}
-        for router, scores_TE in self._counted(site):
+        for router, scores_TE, _, rule, threshold in self._counted(site):
             name, sizes_E = self._names[router], router.expert_sizes.to(scores_TE.device)
             active, total = counts.get(name, (0, 0))
-            chosen = int((router.selected(scores_TE).sum(0) * sizes_E).sum())
+            selected_TE = torch.ops.lte.select(scores_TE, rule, threshold) != 0
+            chosen = int((selected_TE.sum(0) * sizes_E).sum())
             counts[name] = (active + chosen, total + scores_TE.shape[0] * router.site.hidden)
         return counts
 
@@ -96,15 +100,17 @@ class RouterTrace:
 
     def scores(self, site: str) -> Tensor:
         """Scores [tokens, E] of one site over non-padding tokens, calls joined in order."""
-        return torch.cat([scores_TE for _, scores_TE in self._counted(site)])
+        return torch.cat([record.scores_TE for record in self._counted(site)])
 
-    def _counted(self, site: str | None) -> list[tuple[Router, Tensor]]:
+    def _counted(self, site: str | None) -> list[RouterRecord]:
+        """The records of all sites or of one, padding dropped: scores [tokens, E]."""
         if not self._records:
             raise RuntimeError("no router ran inside trace_routers: run the transformed model inside the with block")
         if site is not None and site not in self.sites:
             raise ValueError(f"no site named {site!r} ran; those that did: {', '.join(self.sites)}")
         chosen = [record for record in self._records if site in (None, self._names[record.router])]
-        return [(r.router, drop_padding(r.scores_TE, self._padding.mask_of(r.router, r.masks))) for r in chosen]
+        masks = [self._padding.mask_of(record.router, record.masks) for record in chosen]
+        return [r._replace(scores_TE=drop_padding(r.scores_TE, mask)) for r, mask in zip(chosen, masks, strict=True)]
 
 
 def _pooled_mean(parts: Sequence[Tensor]) -> Tensor:

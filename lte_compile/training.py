@@ -30,6 +30,7 @@ from lte_compile.checkpointing import (
 from lte_compile.config import Stage
 from lte_compile.controller import DensityController
 from lte_compile.losses import Batch, LossWeights, micro_batches, weighted_loss
+from lte_compile.modes import on_device
 from lte_compile.routing import require_routers, routers, set_stage
 from lte_compile.train_config import Phase, TrainConfig, lte_phases
 
@@ -133,7 +134,7 @@ def _check(
         require_routers(model)
     if any(phase.trains_routers for phase in phases) and not held_out:
         raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
-    if config.distillation and teacher is None:
+    if config.distillation and teacher is None and any(phase.stage is not None for phase in phases):
         raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
 
 
@@ -211,8 +212,8 @@ def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, steps: int)
 def _step(run: _Run, phase: Phase, optimizer: Optimizer, step: int) -> float:
     config = run.config
     weights = _loss_weights(run, phase, step)
+    batch = on_device(run.model, run.batches.next_batch())
     device = next(run.model.parameters()).device
-    batch = {name: value.to(device) for name, value in run.batches.next_batch().items()}
     total = torch.zeros((), device=device)
     for part in micro_batches(batch, config.accumulation):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):

@@ -43,9 +43,10 @@ def lte_nodes(graph: CapturedGraph, *names: str) -> Iterator[fx.Node]:
 def arguments(node: fx.Node) -> dict[str, Any]:
     """An op call's arguments by schema name, defaults filled in."""
     schema = _schema(node).arguments
-    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
+    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | node.kwargs
+    names = [argument.name for argument in schema if argument.name in given or argument.has_default_value()]
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return {**defaults, **given, **node.kwargs}
+    return {name: given.get(name, defaults.get(name)) for name in names}
 
 
 def views_back(node: fx.Node) -> Iterator[fx.Node]:

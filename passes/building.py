@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from lte_compile.passes.dataflow import fake_value
 from lte_compile.passes.ir import CapturedGraph
 
+LIMIT_REACHED = "the limit on rewrites is reached"  # why a pass with a `limit` left the rest alone
 # What tells torch.export, AOTAutograd and error messages where a node came from.
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom")
 

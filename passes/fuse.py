@@ -11,15 +11,13 @@ import torch.fx as fx
 from torch import Tensor
 
 from lte_compile.passes.anchors import arguments, lte_nodes, views_back
-from lte_compile.passes.building import Builder
+from lte_compile.passes.building import LIMIT_REACHED, Builder
 from lte_compile.passes.dataflow import GraphView, argument, fake_value, op_name
 from lte_compile.passes.ir import CapturedGraph, Fusion, Level, PassReport, Rejection, WeightLayout
 from lte_compile.passes.layout import AlignedInputs, align, same_width_views, shaped_like
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.match import FfnMatch, FfnSearch, find_ffns
 from lte_compile.passes.probe import UNKNOWN
-
-LIMIT_REACHED = "the limit on rewrites is reached"
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class FuseExperts:
         by_anchor = {match.anchor: match for match in search.matches}
         changes: list[str] = []
         refusals: list[Rejection] = []
+        became: dict[fx.Node, fx.Node] = {}
         for anchor in anchors:
             match = by_anchor.get(anchor)
             if match is None:
@@ -57,7 +56,7 @@ class FuseExperts:
             elif isinstance(plan := _plan(view, match, anchor), str):
                 refusals.append(_refusal(match, plan))
             else:
-                changes.append(_rewrite(graph, match, plan))
+                changes.append(_rewrite(graph, match, plan, became))
         return PassReport(name=self.name, changes=tuple(changes), refusals=tuple(refusals))
 
 
@@ -97,16 +96,16 @@ def _plan(view: GraphView, match: FfnMatch, anchor: fx.Node) -> _Plan | str:
     x_views = [*same_width_views(match.projections[0].data), match.x]
     inputs = align(x_views, given["gates"], match.down.result)
     if inputs is None:
-        return "its gates and its input group tokens differently"
+        return "its input, gates and result group tokens differently"
     return _Plan(inputs, given["expert_size"], given["expert_offsets"])
 
 
 def _obstacle(view: GraphView, match: FfnMatch, anchor: fx.Node) -> str | None:
     site = match.site
-    if site.activation == UNKNOWN:
-        return "its activation is none that lte.expert_ffn knows"
     if site.hidden_parameters:
         return f"its activation reads per-neuron parameters ({', '.join(site.hidden_parameters)})"
+    if site.activation == UNKNOWN:
+        return "its activation is none that lte.expert_ffn knows"
     if not all(linear.is_last_axis for linear in match.linears):
         return "a projection reads or writes another axis than the last"
     if anchor not in views_back(match.down.data):
@@ -141,7 +140,8 @@ def drops_out(view: GraphView, node: fx.Node) -> bool:
     return bool(argument(node, 2, "training", "train", default=True)) and probability > 0
 
 
-def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan) -> str:
+def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan, became: dict[fx.Node, fx.Node]) -> str:
+    """`became` maps results replaced so far to what replaced them: one FFN's may be the next one's input."""
     replaced = match.down.result
     builder = Builder(graph, replaced)
     gate = match.gate
@@ -154,14 +154,13 @@ def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan) -> str:
     optional: tuple[Any, ...] = () if plan.expert_offsets is None else (plan.expert_offsets,)
     fused = builder.call(
         torch.ops.lte.expert_ffn.default,
-        *(plan.inputs.x, plan.inputs.gates, w_up, w_gate, w_down, b_up, b_gate, b_down),
+        *(became.get(plan.inputs.x, plan.inputs.x), plan.inputs.gates, w_up, w_gate, w_down, b_up, b_gate, b_down),
         *(match.site.activation, plan.expert_size, *optional),
     )
-    result = shaped_like(builder, fused, replaced)
-    assert result is not None
+    became[replaced] = result = shaped_like(builder, fused, replaced)
     replaced.replace_all_uses_with(result)
     _drop_asserts(graph, match)
-    return f"{match.site.name}: {len(match.region) + len(match.linears)} nodes became {fused.name}"
+    return f"{match.site.name or match.site.down}: {len(match.region) + len(match.linears)} nodes became {fused.name}"
 
 
 def _up_is_second(fusion: Fusion) -> bool:

@@ -11,7 +11,7 @@ import torch.fx as fx
 from torch import nn
 
 from lte_compile.passes.anchors import lte_nodes
-from lte_compile.passes.building import Builder, leading_sizes, same_sizes
+from lte_compile.passes.building import LIMIT_REACHED, Builder, leading_sizes, same_sizes
 from lte_compile.passes.dataflow import shape_of
 from lte_compile.passes.ir import CapturedGraph, FfnSite, Level, PassReport, Rejection
 from lte_compile.passes.layout import same_width_views
@@ -24,8 +24,8 @@ class InsertRouter:
 
         y = linear(hidden, w_down)   ==>   y = linear(lte.gate_hidden(hidden, router(x)), w_down)
 
-    1. A router is any module that maps x [..., D] to gates [..., E]; `routers` is keyed by site name, or by the name of
-       the down-projection's weight where sites share one.
+    1. A router is a module that maps x [..., D] to gates [..., E], by lte.route and lte.select if the graph is to be
+       traced again. `routers` is keyed by the name of the down-projection's weight, or by site name.
     2. It becomes the child `router` of the module that owns the first projection's weight, and is called as a module,
        so that the graph can be trained, copied and traced again.
     3. A site that runs several times gets one router, called as often. A graph with anchors is left alone.
@@ -46,15 +46,16 @@ class InsertRouter:
         changes: list[str] = []
         refusals: list[Rejection] = []
         for match in find_ffns(graph).matches:
+            label = match.site.name or match.site.down
             router = self.routers.get(match.site.down, self.routers.get(match.site.name))
             if router is None:
-                reason: str | None = f"no router was given for site {match.site.name!r}"
+                reason: str | None = f"no router was given for site {label!r}"
             elif self.limit is not None and len(changes) >= self.limit:
-                reason = "the limit on rewrites is reached"
+                reason = LIMIT_REACHED
             else:
                 reason = _insert(graph, match, router, self.expert_size)
             if reason is None:
-                changes.append(f"{match.site.name}: router {router_path(match.site)}")
+                changes.append(f"{label}: router {router_path(match.site)}")
             else:
                 refusals.append(Rejection(node=match.down.node.name, parameter=match.site.down, reason=reason))
         graph.module.graph.lint()
@@ -81,8 +82,10 @@ def _insert(graph: CapturedGraph, match: FfnMatch, router: nn.Module, expert_siz
     if len(shape_of(hidden)) != 2 and not same_sizes(leading_sizes(x), leading_sizes(hidden)):
         return "its input and its hidden value group tokens differently"
     path = router_path(match.site)
-    if path not in dict(graph.module.named_modules()):
-        graph.module.add_submodule(path, router)
+    present = dict(graph.module.named_modules()).get(path)
+    if present is not None and present is not router:
+        return f"the model has a module {path!r} of its own"
+    graph.module.add_submodule(path, router)
     builder = Builder(graph, down.node)
     gates = builder.call_module(path, x)
     if not same_sizes(leading_sizes(x), leading_sizes(hidden)):

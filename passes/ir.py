@@ -1,7 +1,8 @@
 """What every pass speaks: captured graphs, FFN sites, refusals, levels and the pass protocol.
 
-A graph moves through three levels (docs/design.md): DENSE as captured, ROUTED with router, selection and anchor nodes,
-LOWERED with kernels chosen. A pass is a frozen value that takes a graph from one level to another and reports what it did.
+A graph moves through three levels (docs/design.md): DENSE as captured, ROUTED with router, selection and anchor
+nodes, LOWERED with kernels chosen. A pass is a frozen value that takes a graph from one level to another and reports
+what it did.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which view of an FFN's input, and which of its gates, an fused node should read, so that their tokens line up.
+"""Which view of an FFN's input, and which of its gates, a fused node should read, so that their tokens line up.
 
 A model may flatten tokens between the router and the projections (GPT-2's Conv1D), before both, or not at all.
 """
@@ -25,7 +25,10 @@ class AlignedInputs:
 
 
 def align(x_views: Iterable[fx.Node], gates: fx.Node, result: fx.Node) -> AlignedInputs | None:
-    """A view of x and a view of the gates that line up, preferring those that also line up with `result`."""
+    """A view of x and a view of the gates that line up, and give `result`'s shape as they are or flattened.
+
+    Pairs that line up with `result` as it is come first. None where there is no such pair.
+    """
     pairs = [
         AlignedInputs(x, gate)
         for x in x_views
@@ -33,7 +36,7 @@ def align(x_views: Iterable[fx.Node], gates: fx.Node, result: fx.Node) -> Aligne
         if same_sizes(leading_sizes(x), leading_sizes(gate))
     ]
     fitting = (pair for pair in pairs if same_sizes(leading_sizes(pair.x), leading_sizes(result)))
-    return next(fitting, pairs[0] if pairs else None)
+    return next(fitting, pairs[0] if pairs and _is_flat(result) else None)
 
 
 def same_width_views(node: fx.Node) -> Iterator[fx.Node]:
@@ -45,13 +48,16 @@ def same_width_views(node: fx.Node) -> Iterator[fx.Node]:
         yield view
 
 
-def shaped_like(builder: Builder, y: fx.Node, target: fx.Node) -> fx.Node | None:
-    """`y` in the shape of `target`, which holds the same elements; None where tokens would have to be regrouped."""
+def shaped_like(builder: Builder, y: fx.Node, target: fx.Node) -> fx.Node:
+    """`y` in the shape of `target`, which is y's own or [tokens, D]."""
     if same_sizes(leading_sizes(y), leading_sizes(target)):
         return y
-    if len(shape_of(target)) == 2:
-        return builder.reshape(y, [-1, shape_of(target)[-1]])
-    return None
+    assert _is_flat(target)
+    return builder.reshape(y, [-1, shape_of(target)[-1]])
+
+
+def _is_flat(node: fx.Node) -> bool:
+    return len(shape_of(node)) == 2
 
 
 def _dtype(node: fx.Node) -> object:

@@ -5,7 +5,7 @@ A node counts when exactly one operand depends on parameters only. Shape letters
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.fx as fx
@@ -14,13 +14,15 @@ from torch import nn
 from lte_compile.passes.dataflow import CAST_OPS, TRANSPOSE_OPS, GraphView, argument, is_tensor, op_name, shape_of
 from lte_compile.passes.ir import WeightLayout
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
     """One linear layer: `result = data @ weight + bias` along `axis` of data and `out_axis` of the result.
 
     `node` does the product; `result` is the node after a separately added bias, else `node` itself. `problem` says
-    why its weight cannot be an FFN's (computed, more than 2-d ...), None when it can.
+    why its weight cannot be an FFN's (computed, a bank of experts ...), None when it can.
     """
 
     node: fx.Node
@@ -76,13 +78,18 @@ def _linear_of(view: GraphView, node: fx.Node) -> Linear | None:
 
 
 def _linear_module(view: GraphView, node: fx.Node) -> Linear | None:
+    """nn.Linear and 1x1 convolutions that symbolic_trace kept as modules."""
     module, data = view.module.get_submodule(str(node.target)), node.args[0]
-    if not isinstance(module, nn.Linear) or not isinstance(data, fx.Node):
+    if not isinstance(data, fx.Node):
+        return None
+    if isinstance(module, nn.Linear):
+        axis, widths = len(shape_of(data)) - 1, (module.in_features, module.out_features)
+    elif isinstance(module, _CONVOLUTIONS) and _is_pointwise_convolution(module.weight.shape, data, node):
+        axis, widths = 1, (module.in_channels, module.out_channels)
+    else:
         return None
     bias = None if module.bias is None else f"{node.target}.bias"
-    axis, out_axis = len(shape_of(data)) - 1, len(shape_of(node)) - 1
-    widths = (module.in_features, module.out_features)
-    return Linear(node, node, data, axis, out_axis, *widths, f"{node.target}.weight", bias, WeightLayout.OUT_IN)
+    return Linear(node, node, data, axis, axis, *widths, f"{node.target}.weight", bias, WeightLayout.OUT_IN)
 
 
 def _named(view: GraphView, node: fx.Node, operands: _Operands) -> Linear:
@@ -94,10 +101,9 @@ def _named(view: GraphView, node: fx.Node, operands: _Operands) -> Linear:
     weight_name, flipped = _parameter(view, weight)
     bias_name = _parameter(view, operands.bias)[0] if isinstance(operands.bias, fx.Node) else None
     problem = None
-    if len(shape_of(weight)) != 2:
-        kind = "a convolution kernel" if "conv" in op_name(view, node) else "a bank of experts"
-        problem = f"its weight has shape {list(shape_of(weight))}, which is {kind}, not one matrix"
-    elif weight_name is None:
+    if any(size != 1 for size in shape_of(weight)[2:]):
+        problem = f"its weight has shape {list(shape_of(weight))}: a bank of experts, not one matrix"
+    elif weight_name is None or (flipped and len(shape_of(weight)) > 2):
         problem = "its weight is not a parameter but computed in the graph"
     elif isinstance(operands.bias, fx.Node) and bias_name is None:
         problem = "its bias is not a parameter but computed in the graph"
@@ -129,9 +135,6 @@ def _parameter(view: GraphView, node: fx.Node) -> tuple[str | None, bool]:
         if not isinstance(source, fx.Node):
             return None, flipped
         if op in TRANSPOSE_OPS:
-            rank = len(shape_of(node))
-            if rank > 2:
-                return None, flipped
             flipped ^= shape_of(node) != shape_of(source) or _swaps(node)
         elif op not in CAST_OPS:
             return None, flipped
@@ -202,14 +205,18 @@ def _read_conv(view: GraphView, node: fx.Node) -> _Operands | None:
     data, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     if not _constant(view, weight, rank=3) or not isinstance(data, fx.Node):
         return None
-    _, in_channels, *kernel = shape_of(weight)
-    if (
-        any(size != 1 for size in kernel)
-        or in_channels != shape_of(data)[1]
-        or shape_of(node)[2:] != shape_of(data)[2:]
-    ):
+    if not _is_pointwise_convolution(shape_of(weight), data, node):
         return None
     return _Operands(data, weight, argument(node, 2, "bias"), axis=1, out_axis=1)
+
+
+def _is_pointwise_convolution(weight_shape: Sequence[int], data: fx.Node, result: fx.Node) -> bool:
+    _, in_channels, *kernel = weight_shape
+    shape = shape_of(data)
+    batched = len(shape) == len(weight_shape)
+    return (
+        batched and all(size == 1 for size in kernel) and in_channels == shape[1] and shape_of(result)[2:] == shape[2:]
+    )
 
 
 def _read_einsum(view: GraphView, node: fx.Node) -> _Operands | None:
@@ -256,6 +263,7 @@ _READERS: dict[str, Callable[[GraphView, fx.Node], _Operands | None]] = {
     "bmm": _read_grouped,
     "_grouped_mm": _read_grouped,
     "grouped_mm": _read_grouped,
+    "grouped_mm_fallback": _read_grouped,  # transformers' own op for its expert banks
     "conv1d": _read_conv,
     "conv2d": _read_conv,
     "conv3d": _read_conv,

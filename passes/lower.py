@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from lte_compile.passes.anchors import arguments, computed_value, is_lte, lte_nodes
-from lte_compile.passes.building import Builder
+from lte_compile.passes.building import LIMIT_REACHED, Builder
 from lte_compile.passes.ir import CapturedGraph, Level, PassReport, Rejection
 
 LOWERED_RULE = "threshold"
@@ -47,7 +47,7 @@ class LowerSparse:
         for node in list(lte_nodes(graph, "expert_ffn")):
             reason = lowering_obstacle(node)
             if reason is None and self.limit is not None and len(changes) >= self.limit:
-                reason = "the limit on rewrites is reached"
+                reason = LIMIT_REACHED
             if reason is None:
                 changes.append(_rewrite(graph, node))
             else:

@@ -84,7 +84,7 @@ def _examine(view: GraphView, linears: Mapping[fx.Node, Linear], down: Linear) -
     if x is None:
         return _different_inputs(view, linears, walk)
     refusal = (
-        _width_refusal(walk, down) or _flow_refusal(view, linears, walk, down, x) or _weight_refusal(view, walk, down)
+        _width_refusal(walk, down) or _weight_refusal(view, walk, down) or _flow_refusal(view, linears, walk, down, x)
     )
     return refusal or _verified(view, walk, down, x)
 
@@ -104,7 +104,7 @@ def _width_refusal(walk: Walk, down: Linear) -> Refusal | None:
     width = ups[0].in_width
     plain = len(ups) == 1 and ups[0].out_width == hidden
     if plain and hidden < min(width, down.out_width):
-        reason = f"adapter: its hidden width {hidden} is narrower than the model width {width}"
+        reason = f"low-rank pair or adapter: its hidden width {hidden} is narrower than the model width {width}"
         return Refusal(reason, ups, final=True)
     if width != down.out_width:
         return Refusal(f"its output width {down.out_width} differs from the model width {width}")
@@ -138,11 +138,6 @@ def _weight_refusal(view: GraphView, walk: Walk, down: Linear) -> Refusal | None
     for linear in (*ups, down):
         if linear.problem:
             return Refusal(f"`{linear.label}`: {linear.problem}", ups, final=True)
-        if not linear.is_last_axis:
-            reason = (
-                f"`{linear.label}` works along axis {linear.axis}, as 1x1 convolutions do; only the last is supported"
-            )
-            return Refusal(reason, ups, final=True)
     for constant in walk.hidden_constants:
         if _neuron_parameter(view, constant, down.in_width) is None:
             reason = f"the per-neuron constant `{constant.name}` is not a parameter with one value per neuron"
@@ -159,8 +154,15 @@ def _verified(view: GraphView, walk: Walk, down: Linear, x: fx.Node) -> FfnMatch
     """The match, after running its region on random data."""
     ups = tuple(walk.ups)
     nodes = tuple(sorted(walk.nodes, key=lambda node: view.order[node]))
+    region = Region(
+        ups=tuple(up.result for up in ups),
+        axes=tuple(up.out_axis for up in ups),
+        nodes=nodes,
+        output=down.data,
+        axis=down.axis,
+    )
     try:
-        finding = probe(view, Region(tuple(up.result for up in ups), nodes, down.data), down.in_width)
+        finding = probe(view, region, down.in_width)
     except ProbeError as error:
         return Refusal(str(error), ups, final=True)
     if finding.gate is None and finding.activation == "identity":

@@ -35,6 +35,7 @@ _SAMPLED_CHANNELS = 12  # per projection; structure is already proven by the wal
 _TOLERANCE = (
     1e-7  # float64 evaluations of one formula written two ways differ by about 1e-15, gelu and gelu_tanh by 1e-4
 )
+_NUDGES = (0.25, -1.0, 4.0)  # tried in turn: an activation may be flat around one value
 _TOKENS = 2  # enough to see one token reach another
 _CAST_METHODS = ("float", "half", "bfloat16", "double", "type_as")
 
@@ -43,12 +44,14 @@ _CAST_METHODS = ("float", "half", "bfloat16", "double", "type_as")
 class Region:
     """An element-wise region cut out of a graph: projection results `ups` feed `nodes` (in graph order) up to `output`.
 
-    The hidden axis is the last one of `ups` and of `output`.
+    The hidden axis is `axes[i]` of `ups[i]` and `axis` of `output`.
     """
 
     ups: tuple[fx.Node, ...]
+    axes: tuple[int, ...]
     nodes: tuple[fx.Node, ...]
     output: fx.Node
+    axis: int
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -76,7 +79,7 @@ Values = dict[fx.Node, Any]
 def probe(view: GraphView, region: Region, hidden: int) -> Finding:
     """Checks that hidden units are independent and identifies layout, gate and activation, or raises `ProbeError`."""
     runner = Runner(view, region, flat=_keeps_last_axis(view, region))
-    widths = [shape_of(up)[-1] for up in region.ups]
+    widths = [shape_of(up)[axis] for up, axis in zip(region.ups, region.axes, strict=True)]
     if widths not in ([hidden], [2 * hidden], [hidden, hidden]):
         raise ProbeError(f"projections of widths {widths} do not form a plain or gated FFN of {hidden} neurons")
     maps = _channel_maps(runner, hidden)
@@ -89,7 +92,10 @@ def probe(view: GraphView, region: Region, hidden: int) -> Finding:
 
 @dataclass(frozen=True)
 class Runner:
-    """Evaluates a region. When `flat`, views only regroup tokens, so that two tokens stand for all."""
+    """Evaluates a region on values whose hidden axis comes last, for the projections and for the result.
+
+    When `flat`, views only regroup tokens, so that two tokens stand for all.
+    """
 
     view: GraphView
     region: Region
@@ -111,17 +117,22 @@ class Runner:
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         shape = shape_of(node)
         if not self.flat or len(shape) < 2:
-            return shape
+            return (
+                _hidden_last(shape, self.region.axes[self.region.ups.index(node)]) if node in self.region.ups else shape
+            )
         varies = node in self.region.ups or any(size != 1 for size in shape[:-1])
         return (1,) * (len(shape) - 2) + (_TOKENS if varies else 1, shape[-1])
 
     def __call__(self, values: Values) -> Tensor:
+        region = self.region
         env = dict(values)
-        for node in self.region.nodes:
+        for up, axis in zip(region.ups, region.axes, strict=True):
+            env[up] = values[up].movedim(-1, axis)
+        for node in region.nodes:
             env[node] = self._call(node, env)
-        result = env[self.region.output]
+        result = env[region.output]
         assert isinstance(result, Tensor)
-        return result
+        return result.movedim(region.axis, -1)
 
     def _call(self, node: fx.Node, env: Values) -> Any:
         name = op_name(self.view, node)
@@ -139,6 +150,10 @@ class Runner:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return self.view.module.get_submodule(str(node.target))(*args, **kwargs)
+
+
+def _hidden_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :], shape[axis])
 
 
 def known_constant(view: GraphView, node: fx.Node) -> Tensor | None:
@@ -169,22 +184,24 @@ def _widened(arguments: Any) -> Any:
 
 
 def _keeps_last_axis(view: GraphView, region: Region) -> bool:
+    ends = [*zip(region.ups, region.axes, strict=True), (region.output, region.axis)]
+    hidden_is_last = all(axis == len(shape_of(node)) - 1 > 0 for node, axis in ends)
     layout = [node for node in region.nodes if op_name(view, node) in LAYOUT_OPS]
-    return all(
-        op_name(view, node) in REGROUP_OPS
-        and len(shape_of(node)) > 1
-        and shape_of(node)[-1] == shape_of(node.all_input_nodes[0])[-1]
-        for node in layout
-    ) and all(len(shape_of(up)) > 1 for up in region.ups)
+    return hidden_is_last and all(_regroups_tokens(view, node) for node in layout)
+
+
+def _regroups_tokens(view: GraphView, node: fx.Node) -> bool:
+    shape, source = shape_of(node), shape_of(node.all_input_nodes[0])
+    return op_name(view, node) in REGROUP_OPS and len(shape) > 1 and shape[-1] == source[-1]
 
 
 def _channel_maps(runner: Runner, hidden: int) -> list[tuple[int, int]]:
     """(channel, hidden unit it reaches) pairs, found by perturbing one channel of one token at a time.
 
-    Positive values keep clipped activations alive while they are perturbed.
+    Small positive values keep clipped and saturating activations alive while they are perturbed.
     """
     generator = torch.Generator().manual_seed(0)
-    values = runner.inputs(lambda shape: 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64))
+    values = runner.inputs(lambda shape: 0.1 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64))
     base = runner(values)
     pairs = []
     for up in runner.region.ups:
@@ -200,9 +217,13 @@ def _channel_maps(runner: Runner, hidden: int) -> list[tuple[int, int]]:
 
 
 def _unit_reached(runner: Runner, values: Values, base: Tensor, up: fx.Node, place: tuple[int, ...]) -> int:
-    changed = values[up].clone()
-    changed[place] += 0.3
-    moved = (runner({**values, up: changed}) != base).nonzero()
+    moved = torch.empty(0, base.dim())
+    for nudge in _NUDGES:
+        changed = values[up].clone()
+        changed[place] += nudge
+        moved = (runner({**values, up: changed}) != base).nonzero()
+        if len(moved):
+            break
     units = sorted(set(moved[:, -1].tolist()))
     if not units:
         raise ProbeError(f"output {place[-1]} of a projection reaches no hidden unit")
@@ -223,8 +244,14 @@ def _fused_layouts(maps: list[tuple[int, int]], hidden: int) -> dict[int, Fusion
 
 
 def _signed_inputs(runner: Runner) -> Values:
+    """Half of the values where activations bend, half far out, where clipped ones differ from their namesakes."""
     generator = torch.Generator().manual_seed(1)
-    return runner.inputs(lambda shape: 2 * torch.randn(shape, generator=generator, dtype=torch.float64))
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        far = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.5
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * torch.where(far, 30.0, 2.0)
+
+    return runner.inputs(draw)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

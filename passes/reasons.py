@@ -34,13 +34,21 @@ def explain(view: GraphView, linears: Mapping[fx.Node, Linear], linear: Linear, 
             f"attention input projection (query, key or value): its output goes into `{op_name(view, mixer)}`, "
             "which mixes tokens"
         )
-    widths = f"output width {linear.out_width} differs from the model width {linear.in_width}"
-    differs = linear.out_width != linear.in_width
-    if differs and _first(_after(linears, linear), lambda node: node.op == "output"):
-        return f"language-model head or classifier: its {widths}"
+    widths = f"its output width {linear.out_width} differs from the model width {linear.in_width}"
+    if _is_head(linears, linear):
+        return f"language-model head or classifier: {reason if 'output width' in reason else widths}"
     if pick := _first(_before(view, linears, linear), lambda node: picks_tokens(view, node)):
-        return f"pooler or head: it reads tokens picked by `{op_name(view, pick)}`; {reason}"
-    return f"not a down-projection: {reason}" + (f"; its {widths}" if differs and "width" not in reason else "")
+        return f"pooler or head: it reads tokens picked by `{op_name(view, pick)}`"
+    differs = linear.out_width != linear.in_width and "width" not in reason
+    return f"not a down-projection: {reason}; {widths}" if differs else f"not a down-projection: {reason}"
+
+
+def _is_head(linears: Mapping[fx.Node, Linear], linear: Linear) -> bool:
+    """Reaches the graph's output, with a width that no layer reads."""
+    reaches_output = _first(_after(linears, linear), lambda node: node.op == "output") is not None
+    return reaches_output and all(
+        linear.out_width not in (other.in_width, linear.in_width) for other in linears.values()
+    )
 
 
 def mixes_tokens(view: GraphView, node: fx.Node) -> bool:
@@ -83,9 +91,16 @@ def low_rank_reader(view: GraphView, linears: Mapping[fx.Node, Linear], user: fx
     by_node = {linear.node: linear for linear in linears.values()}
     for node in (user, *_forward(user, stop=lambda n: n in by_node)):
         reader = by_node.get(node)
-        if reader is not None and reader.out_width < min(reader.in_width, down.out_width):
+        if reader is not None and _low_rank_pair(by_node, reader, down):
             return f"unmerged LoRA: `{reader.label}` reads the hidden value beside it; merge the adapter first"
     return None
+
+
+def _low_rank_pair(linears: Mapping[fx.Node, Linear], reader: Linear, down: Linear) -> bool:
+    """`reader` is narrow, and a layer behind it is as wide as `down`."""
+    behind = (linears.get(node) for node in _forward(reader.node, stop=lambda node: node in linears))
+    widened = any(layer is not None and layer.out_width == down.out_width for layer in behind)
+    return reader.out_width < min(reader.in_width, down.out_width) and widened
 
 
 def _narrow_layer_before(view: GraphView, linears: Mapping[fx.Node, Linear], up: Linear) -> Linear | None:

@@ -1,6 +1,6 @@
 """A captured graph as text: one line a node, parameters by their names.
 
-gates = lte.select(scores, 'threshold', 0.5)  # float32[2, 12, 4]
+gates = lte.select(scores, rule='threshold', tau=0.5)  # float32[2, 12, 4]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from lte_compile.passes.anchors import arguments, is_lte
 from lte_compile.passes.dataflow import fake_value
 from lte_compile.passes.ir import CapturedGraph
 
@@ -57,9 +58,17 @@ def _line(parameters: Mapping[str, str], node: fx.Node) -> str:
         return f"return {_argument(parameters, node.args[0])}"
     if node.op == "placeholder":
         return f"{node.name} = input(){_type_comment(node)}"
-    arguments = [_argument(parameters, arg) for arg in node.args]
-    arguments += [f"{key}={_argument(parameters, value)}" for key, value in node.kwargs.items()]
-    return f"{node.name} = {target_name(node)}({', '.join(arguments)}){_type_comment(node)}"
+    return f"{node.name} = {target_name(node)}({', '.join(_arguments(parameters, node))}){_type_comment(node)}"
+
+
+def _arguments(parameters: Mapping[str, str], node: fx.Node) -> list[str]:
+    """lte ops take many tensors, most of them optional: those are named, and left out where None."""
+    if is_lte(node):
+        (_, first), *rest = arguments(node).items()
+        named = [f"{name}={_argument(parameters, value)}" for name, value in rest if value is not None]
+        return [_argument(parameters, first), *named]
+    shown = [_argument(parameters, arg) for arg in node.args]
+    return shown + [f"{key}={_argument(parameters, value)}" for key, value in node.kwargs.items()]
 
 
 def target_name(node: fx.Node) -> str:

@@ -48,6 +48,8 @@ def step_back(view: GraphView, node: fx.Node, axis: int) -> Step | Blocked:
         return Step(((source, axis),), tuple(gates), anchor=True)
     if name == "getitem":
         return _step_getitem(view, node, axis)
+    if name == "select":
+        return _step_select(node, axis)
     if name in ("slice", "narrow"):
         return _step_slice(node, axis)
     if name in LAYOUT_OPS:
@@ -116,6 +118,14 @@ def _step_index(node: fx.Node, source: fx.Node, index: Any, axis: int) -> Step |
     if cut or any(dim < source_axis for dim in picked):
         return Blocked(node, "it passes an indexing that picks tokens")
     return Step(((source, source_axis),))
+
+
+def _step_select(node: fx.Node, axis: int) -> Step | Blocked:
+    """x.select(dim, i) behind the hidden axis reads interleaved halves; before it, it picks tokens."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dim = argument(node, 1, "dim") % len(shape_of(source))
+    return Step(((source, axis),)) if dim > axis else Blocked(node, "it passes `select`, which picks tokens")
 
 
 def _step_slice(node: fx.Node, axis: int) -> Step | Blocked:

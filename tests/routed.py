@@ -19,13 +19,14 @@ EXPERT_SIZE = 24  # does not divide the 128 neurons of the zoo's models: the las
 
 def routed(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Any]]:
     """A fresh copy of the family's transformed model, in stage "dense", and its inputs."""
-    model, inputs = _routed(name, dtype)
-    return deepcopy(model), dict(inputs)
+    model, inputs = _routed(name)
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return deepcopy(model).to(dtype), cast
 
 
 @cache
-def _routed(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = zoo.build(name, dtype)
+def _routed(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = zoo.build(name, torch.float64)
     transform(model, TransformConfig(expert_size=EXPERT_SIZE))
     for number, router in enumerate(routers(model)):  # scores on both sides of the threshold, another in each layer
         generator = torch.Generator().manual_seed(number)
@@ -42,7 +43,8 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, width, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
+        return result
 
 
 def stack(blocks: int = 2, width: int = 16, hidden: int = 40, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -50,6 +52,16 @@ def stack(blocks: int = 2, width: int = 16, hidden: int = 40, dtype: torch.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(*(Block(width, hidden, dtype) for _ in range(blocks)))
+
+
+def routed_stack(expert_size: int = 8, router_bias: bool = True) -> nn.Module:
+    """A fresh copy of the transformed stack, in stage "dense"."""
+    return deepcopy(_routed_stack(expert_size, router_bias))
+
+
+@cache
+def _routed_stack(expert_size: int, router_bias: bool) -> nn.Module:
+    return transform(stack(), TransformConfig(expert_size=expert_size, router_bias=router_bias), tokens(3))
 
 
 def tokens(*shape: int, width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from lte_compile.routing import Router, routers, set_stage
 from lte_compile.tracing import site_names
 from lte_compile.transform import transform
 from tests import zoo
-from tests.routed import EXPERT_SIZE, Block, routed, stack, tokens
+from tests.routed import EXPERT_SIZE, Block, routed, routed_stack, stack, tokens
 
 FAMILIES = ("llama", "gpt2", "bert", "opt", "t5", "phi3", "vit")
 GENERATORS = ("llama", "gpt2", "opt", "t5", "phi3")
@@ -79,6 +79,7 @@ def test_generates_what_the_original_generates(name: str, beams: int) -> None:
 
 def neuron_gates(router: Router, x: Tensor, stage: str) -> Tensor:
     """DESIGN: scores = sigmoid(x W_r^T + b); gates are the scores, or 1 where they exceed tau. One per neuron."""
+    assert router.bias is not None
     scores = torch.sigmoid(x @ router.weight.T + router.bias)
     gates = scores if stage == "soft" else (scores > 0.5).to(x.dtype)
     return gates.repeat_interleave(EXPERT_SIZE, dim=-1)[..., : zoo.HIDDEN]
@@ -134,7 +135,8 @@ def test_token_without_experts_gets_the_bias_of_the_down_projection() -> None:
     model, _ = routed("gpt2")
     for router in routers(model):
         router.load_initial(torch.zeros_like(router.weight), torch.full_like(router.weight[:, 0], -1.0))
-    ffn: Any = set_stage(model, "hard").transformer.h[0].mlp  # type: ignore[union-attr]
+    hard: Any = set_stage(model, "hard")
+    ffn = hard.transformer.h[0].mlp
     result = ffn(tokens(3, width=zoo.WIDTH))
     assert torch.equal(result, ffn.c_proj.bias.expand(3, -1))
 
@@ -186,6 +188,38 @@ def test_two_ffns_in_one_container_get_a_router_each() -> None:
     assert sorted(site_names(model).values()) == ["0.2", "0.5"]
 
 
+def test_pytorchs_fused_encoder_layer_does_not_bypass_the_routers() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 40, batch_first=True, dtype=torch.float64)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), tokens(2, 5)
+    with torch.no_grad():  # where PyTorch takes its fused path
+        expected = model(x)
+        transform(model, TransformConfig(expert_size=8), x)
+        assert relative_difference(model(x), expected) < REORDERED
+        assert relative_difference(set_stage(model, "hard")(x), expected) > 0.01
+
+
+class Convolutions(nn.Module):
+    """An FFN of 1x1 convolutions, channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(16, 40, 1).double(), nn.Conv2d(40, 16, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
+        return result
+
+
+def test_ffns_of_pointwise_convolutions() -> None:
+    model, x = Convolutions(), tokens(2, 3, 5).movedim(-1, 1)
+    expected = model(x)
+    transform(model, TransformConfig(expert_size=7), x)
+    assert relative_difference(model(x), expected) < REORDERED
+    assert relative_difference(set_stage(model, "hard")(x), expected) > 0.01
+
+
 class RawParameters(nn.Module):
     """An FFN without modules of its own."""
 
@@ -212,8 +246,8 @@ def test_graphs_are_rewritten(route: str, build: Callable[[], nn.Module]) -> Non
         router.load_initial(torch.zeros_like(router.weight), torch.full_like(router.weight[:, 0], -1.0))
     nothing = set_stage(rewritten, "hard")(x)
     assert len(found) == (2 if isinstance(model, nn.Sequential) else 1)
-    biases = sum(block.down.bias for block in model) if isinstance(model, nn.Sequential) else 0.0
-    torch.testing.assert_close(nothing, x + biases, rtol=1e-12, atol=1e-12)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("down.bias")]
+    torch.testing.assert_close(nothing, x + sum(biases), rtol=1e-12, atol=1e-12)
 
 
 class NoFfn(nn.Module):
@@ -239,19 +273,15 @@ class NestedRawParameters(nn.Module):
 def with_nan() -> nn.Module:
     model = stack()
     with torch.no_grad():
-        model[1].up.weight[3, 2] = float("nan")  # type: ignore[union-attr,index,operator]
+        model.get_parameter("1.up.weight")[3, 2] = float("nan")
     return model
-
-
-def already_transformed() -> nn.Module:
-    return transform(stack(), TransformConfig(expert_size=8), tokens(2))
 
 
 @pytest.mark.parametrize(
     "build, config, message",
     [
         (lambda: NoFfn().double(), TransformConfig(), "no FFN found.*\n.*\n.*head"),
-        (already_transformed, TransformConfig(), "transformed already"),
+        (routed_stack, TransformConfig(), "transformed already"),
         (stack, TransformConfig(expert_size=41), "expert_size 41 is larger than the 40 neurons"),
         (with_nan, TransformConfig(expert_size=8), "1.up.weight holds NaN"),
         (RawParameters, TransformConfig(expert_size=8), "export the model with torch.export"),

@@ -19,9 +19,9 @@ BAD_INPUT, FAILED = 2, 1
 class _OneLineErrors(TyperGroup):
     """Reports what a command raises instead of letting it through as a traceback, unless --debug is given."""
 
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer.Context is click's, under its own name
+    def invoke(self, ctx: Any) -> Any:  # ctx: typer.Context, whose base class moved between typer releases
         try:
-            return super().invoke(ctx)  # type: ignore[arg-type]
+            return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # these are RuntimeErrors too, but only say how to end
             raise
         except (ValueError, RuntimeError, OSError, ArithmeticError, ImportError) as error:
@@ -76,9 +76,7 @@ def main() -> None:
     typer.main.get_command(app)()
 
 
-def _report_unforeseen(
-    hook: Any, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def _report_unforeseen(hook: Any, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python ends with exit code 1 after its excepthook has run."""
     if not issubclass(kind, Exception):
         hook(kind, error, trace)

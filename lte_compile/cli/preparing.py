@@ -47,7 +47,9 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{out} is the model to read; choose another directory to write to")
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"{out} holds a model already; choose another directory, or give --overwrite")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"cannot write to {out}: {nearest} is a file; choose another directory")
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass

@@ -1,11 +1,11 @@
-"""lte-compile train: fine-tune, transform, train through LTE's two stages, measure, save. Resumes where it was killed."""
+"""lte-compile train: fine-tune, transform, train through LTE's two stages, measure, save; resumes when killed."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from lte_compile.checkpointing import latest_checkpoint
 from lte_compile.cli.converting import ACTIVATION_BATCHES, activations_for
+from lte_compile.cli.evaluating import place_threshold
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
-from lte_compile.cli.training_outcome import training_outcome
+from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.data.tasks import Corpus, LabelledTask
-from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.evaluation import evaluate
 from lte_compile.loading import has_classifier
 from lte_compile.losses import Batch
-from lte_compile.modes import in_stage
 from lte_compile.persistence import save_pretrained
 from lte_compile.progress import TrainingProgress
 from lte_compile.results import write_atomically
 from lte_compile.routing import routers, set_stage
-from lte_compile.tasks_api import EncodedTask, OnDevice
+from lte_compile.tasks_api import EncodedTask, OnDevice, without_labels
 from lte_compile.train_config import Phase, TrainConfig
 from lte_compile.training import train
 from lte_compile.transform import transform
@@ -37,6 +38,7 @@ from lte_compile.transform import transform
 FINETUNE_STEPS_OF_A_NEW_HEAD = 270
 # Held-out batches that steer the density: about 2,000 short tokens, or 8,000 of windows. More only cost time.
 HELD_OUT_BATCHES = 4
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +67,6 @@ class TrainSettings:
         return {"model": self.model, **task, **self.transform.to_dict(), **config, **steps}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a run leaves to be reported."""
-
-    model: nn.Module
-    task: EncodedTask
-    test_examples: int
-    dense: Evaluation
-    sparse: Evaluation
-    finetune_steps: int
-    seconds: float
-
-
 def train_model(settings: TrainSettings) -> Outcome:
     """The whole run.
 
@@ -89,7 +78,7 @@ def train_model(settings: TrainSettings) -> Outcome:
     device = pick_device(settings.device)
     with TrainingProgress() as progress:
         path = find_model(settings.model, progress)
-        _prepare_output(settings, path)
+        _check_output(settings, path)
         task = find_task(settings.task, progress)
         torch.manual_seed(settings.train.seed)  # of a new head
         with progress.working("loading"):
@@ -97,6 +86,7 @@ def train_model(settings: TrainSettings) -> Outcome:
         model.to(device)
         finetune_steps = _finetune_steps(settings, path, task)
         data = encode(task, tokenizer, settings.task)
+        _note_settings(settings)
         trained = _run(model, data, settings, finetune_steps, progress, start)
         with progress.working("saving"):
             save_pretrained(model.cpu(), settings.out, tokenizer)
@@ -118,12 +108,13 @@ def _run(
     with progress.working("evaluating the dense model"):
         dense = evaluate(model, data.test_batches(test))
     teacher = copy.deepcopy(model) if settings.train.distillation else None
-    fresh = not any(router.score_quantiles for router in routers(model))
+    are_trained = any(router.score_quantiles for router in routers(model))
     if not any(routers(model)):
         with progress.working("transforming"):
             activations = activations_for(model, settings.transform, _activation_batches(data, device))
             transform(model, settings.transform, activations=activations)
-    config = settings.train if fresh else _keeping_routers(settings.train)
+    # Trained routers are where training goes on from; fitting would throw away what they learned.
+    config = replace(settings.train, fit_router=settings.train.fit_router and not are_trained)
     batches = OnDevice(data.training_batches(config.seed), device)
     train(
         model,
@@ -135,6 +126,8 @@ def _run(
         on_step=progress,
     )
     set_stage(model, Stage.HARD)
+    # Stage 2 moves what the frozen routers see, and with it the density.
+    place_threshold(model, data, config.target_density)
     with progress.working("evaluating the sparse model"):
         sparse = evaluate(model, data.test_batches(test))
     return Trained(
@@ -160,3 +153,37 @@ def _finetune(
     phases = [Phase(name="fine-tune", steps=steps)]
     directory = settings.checkpoints / "finetune"
     train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress)
+
+
+def _finetune_steps(settings: TrainSettings, path: Path, task: LabelledTask | Corpus) -> int:
+    if settings.finetune_steps is not None:
+        return settings.finetune_steps
+    is_new = isinstance(task, LabelledTask) and not has_classifier(path, task.labels)
+    return FINETUNE_STEPS_OF_A_NEW_HEAD if is_new else 0
+
+
+def _activation_batches(data: EncodedTask, device: torch.device) -> list[Batch]:
+    return list(without_labels(data.held_out(ACTIVATION_BATCHES, device)))
+
+
+def _check_output(settings: TrainSettings, source: Path) -> None:
+    """Refuse an OUT that cannot be written, holds another model, or checkpoints of another run."""
+    has_checkpoints = any(latest_checkpoint(settings.checkpoints / part) for part in ("finetune", "lte"))
+    resumes = settings.resume and has_checkpoints
+    check_output(settings.out, source, overwrite=settings.overwrite or resumes)
+    if not resumes:
+        return
+    recorded = json.loads((settings.checkpoints / SETTINGS_FILE).read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(settings.identity()))
+    if differing := sorted(name for name in asked.keys() | recorded.keys() if asked.get(name) != recorded.get(name)):
+        was = ", ".join(f"{name} was {recorded.get(name)!r}, now {asked.get(name)!r}" for name in differing)
+        raise ValueError(f"{settings.checkpoints} is of another run ({was}); give --no-resume to start over")
+
+
+def _note_settings(settings: TrainSettings) -> None:
+    """Leave beside the checkpoints what they were made with; without --resume, start with none."""
+    if not settings.resume:
+        shutil.rmtree(settings.checkpoints, ignore_errors=True)
+    settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(settings.identity(), indent=1)
+    write_atomically(settings.checkpoints / SETTINGS_FILE, record.encode())

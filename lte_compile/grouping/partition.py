@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 # Lloyd and the swaps each stop when a sweep gains less than this share of sum_k W_k / n_k or of the inertia.
-TOLERANCE = 0.01
+# 0.0001 instead lowers the inertia of SmolLM2-135M's first gate projection by another 0.3 % in six times the time.
+TOLERANCE = 0.02
 MAX_LLOYD_SWEEPS = 20
 MAX_SWAP_SWEEPS = 30
 SHORTLIST = 4  # 32 (all of a group) swaps no better and takes twice as long
@@ -36,7 +37,7 @@ SEEDINGS = 3  # a seeding that misses a cluster shows in its potential; the late
 class _Problem:
     affinity_MM: Tensor
     squares_M: Tensor  # the affinity's diagonal
-    sizes_K: Tensor  # true sizes, without padding
+    weights_K: Tensor  # 1 / n_k, padding not counted
     points: int
     noise: float  # a gain below this is rounding, and could be undone and redone forever
 
@@ -67,7 +68,7 @@ def _padded(affinity_FF: Tensor, groups: int, group_size: int) -> _Problem:
     sizes_K[-1] -= padding
     squares_M = affinity_MM.diagonal().contiguous()
     noise = 8 * torch.finfo(affinity_FF.dtype).eps * float(squares_M.max())
-    return _Problem(affinity_MM, squares_M, sizes_K, points, noise)
+    return _Problem(affinity_MM, squares_M, 1 / sizes_K, points, noise)
 
 
 def _first_assignment(problem: _Problem, groups: int, generator: torch.Generator) -> Tensor:
@@ -106,14 +107,14 @@ def _kmeans_plus_plus(problem: _Problem, groups: int, generator: torch.Generator
 
 
 def _lloyd(problem: _Problem, members_KS: Tensor, generator: torch.Generator) -> Tensor:
-    reached = problem.sizes_K.new_zeros(())
+    reached = problem.weights_K.new_zeros(())
     for _ in range(MAX_LLOYD_SWEEPS):
         means_KM = _group_means(problem, members_KS)
         within_K = _within(means_KM, members_KS)
         before, reached = reached, within_K.sum()
         if reached - before <= _worthwhile(problem, reached):
             break
-        closeness_KM = means_KM - 0.5 * (within_K / problem.sizes_K)[:, None]
+        closeness_KM = means_KM - 0.5 * (within_K * problem.weights_K)[:, None]
         members_KS = _assignment_sweep(closeness_KM, members_KS, problem.points, generator)
     return members_KS
 
@@ -151,30 +152,39 @@ def _improve_by_swaps(problem: _Problem, members_KS: Tensor, generator: torch.Ge
 
 
 def _swap_round(problem: _Problem, members_KS: Tensor, means_KM: Tensor, a_P: Tensor, b_P: Tensor) -> Tensor:
-    """One swap in each pair of groups where one helps; updates members and means in place, returns the total gain.
+    """One swap in each pair of groups where one helps; updates members and means in place, returns the total gain."""
+    gain_P, slot_i_P, slot_j_P = _best_swaps(problem, members_KS, means_KM, a_P, b_P)
+    helped = (gain_P > problem.noise).nonzero()[:, 0]
+    a_P, b_P, slot_i_P, slot_j_P = a_P[helped], b_P[helped], slot_i_P[helped], slot_j_P[helped]
+    i_P, j_P = members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P]
+    members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P] = j_P, i_P
+    change_PM = problem.affinity_MM[j_P] - problem.affinity_MM[i_P]
+    means_KM.index_add_(0, a_P, change_PM * problem.weights_K[a_P, None])
+    means_KM.index_add_(0, b_P, change_PM * problem.weights_K[b_P, None], alpha=-1)
+    return gain_P[helped].sum()
 
-    With m the group means and d = A_ii + A_jj - 2 A_ij, exchanging i of group a with j of group b makes W_a / n_a grow
-    by 2 (m_a[j] - m_a[i]) + d / n_a and W_b / n_b by 2 (m_b[i] - m_b[j]) + d / n_b. All but A_ij is a sum of a term for i and one for j,
-    so the best candidates of each side are shortlisted by their own term and only those are tried against each other.
+
+def _best_swaps(
+    problem: _Problem, members_KS: Tensor, means_KM: Tensor, a_P: Tensor, b_P: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per pair of groups: the gain of the best swap found, and the slots in a and b that it exchanges.
+
+    With m the group means and d = A_ii + A_jj - 2 A_ij, exchanging i of group a with j of group b makes W_a / n_a
+    grow by 2 (m_a[j] - m_a[i]) + d / n_a and W_b / n_b by 2 (m_b[i] - m_b[j]) + d / n_b. All but A_ij is a sum of a
+    term for i and one for j, so the best candidates of each side are shortlisted by their own term and only those are
+    tried against each other.
     """
     leave_a_PS, leave_b_PS = _leaving_gains(problem, members_KS, means_KM, a_P, b_P)
     shortlist = min(SHORTLIST, members_KS.shape[1])
     gain_i_PC, slot_i_PC = leave_a_PS.topk(shortlist, dim=1)
     gain_j_PC, slot_j_PC = leave_b_PS.topk(shortlist, dim=1)
     i_PC, j_PC = members_KS[a_P].gather(1, slot_i_PC), members_KS[b_P].gather(1, slot_j_PC)
-    per_point_P11 = (1 / problem.sizes_K[a_P] + 1 / problem.sizes_K[b_P])[:, None, None]
+    per_point_P11 = (problem.weights_K[a_P] + problem.weights_K[b_P])[:, None, None]
     cross_PCC = problem.affinity_MM[i_PC[:, :, None], j_PC[:, None, :]]
     gain_PCC = gain_i_PC[:, :, None] + gain_j_PC[:, None, :] - 2 * per_point_P11 * cross_PCC
-    best_P, where_P = gain_PCC.flatten(1).max(dim=1)
-    helped = (best_P > problem.noise).nonzero()[:, 0]
-    pick_i, pick_j = where_P[helped] // shortlist, where_P[helped] % shortlist
-    i_P, j_P, a_P, b_P = i_PC[helped, pick_i], j_PC[helped, pick_j], a_P[helped], b_P[helped]
-    members_KS[a_P, slot_i_PC[helped, pick_i]] = j_P
-    members_KS[b_P, slot_j_PC[helped, pick_j]] = i_P
-    change_PM = problem.affinity_MM[j_P] - problem.affinity_MM[i_P]
-    means_KM.index_add_(0, a_P, change_PM / problem.sizes_K[a_P, None])
-    means_KM.index_add_(0, b_P, change_PM / problem.sizes_K[b_P, None], alpha=-1)
-    return best_P[helped].sum()
+    gain_P, where_P = gain_PCC.flatten(1).max(dim=1)
+    pick_i_P1, pick_j_P1 = (where_P // shortlist)[:, None], (where_P % shortlist)[:, None]
+    return gain_P, slot_i_PC.gather(1, pick_i_P1)[:, 0], slot_j_PC.gather(1, pick_j_P1)[:, 0]
 
 
 def _leaving_gains(
@@ -183,7 +193,7 @@ def _leaving_gains(
     """The terms of a swap's gain that belong to one point: of a's members for going to b, and of b's for going to a."""
     in_a_PS, in_b_PS = members_KS[a_P], members_KS[b_P]
     a_P1, b_P1 = a_P[:, None], b_P[:, None]
-    bonus_P1 = (1 / problem.sizes_K[a_P] + 1 / problem.sizes_K[b_P])[:, None]
+    bonus_P1 = (problem.weights_K[a_P] + problem.weights_K[b_P])[:, None]
     leave_a_PS = 2 * (means_KM[b_P1, in_a_PS] - means_KM[a_P1, in_a_PS]) + bonus_P1 * problem.squares_M[in_a_PS]
     leave_b_PS = 2 * (means_KM[a_P1, in_b_PS] - means_KM[b_P1, in_b_PS]) + bonus_P1 * problem.squares_M[in_b_PS]
     leave_b_PS.masked_fill_(in_b_PS >= problem.points, -torch.inf)  # padding stays in the last group, which is a b
@@ -195,7 +205,7 @@ def _group_means(problem: _Problem, members_KS: Tensor) -> Tensor:
     means_KM = problem.affinity_MM[members_KS[:, 0]]
     for slot in range(1, members_KS.shape[1]):  # one slot at a time: no [K, S, M] temporary
         means_KM += problem.affinity_MM[members_KS[:, slot]]
-    return means_KM / problem.sizes_K[:, None]
+    return means_KM * problem.weights_K[:, None]
 
 
 def _within(means_KM: Tensor, members_KS: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ GROUPING_METHODS: dict[str, GroupingMethod] = {}
 
 
 def grouping_method(name: str) -> Callable[[GroupingMethod], GroupingMethod]:
-    """Register `method(request) -> permutation_F` under a name. It receives a checked request on its weights' device."""
+    """Register `method(request) -> permutation_F` under a name; the requests it gets are checked and on one device."""
 
     def register(method: GroupingMethod) -> GroupingMethod:
         if name in GROUPING_METHODS:
@@ -82,10 +82,8 @@ def _check_weights(request: GroupingRequest) -> None:
     if size < 1:
         raise ValueError(f"expert_size must be at least 1; got {size} for {name}")
     if size > neurons:
-        raise ValueError(
-            f"expert_size {size} is larger than the {neurons} neurons of {name}; choose at most {neurons}"
-        )
-    if not bool(torch.isfinite(weights_FD).all()):
+        raise ValueError(f"expert_size {size} is larger than the {neurons} neurons of {name}; choose at most {neurons}")
+    if not _is_finite(weights_FD):
         raise ValueError(f"the weights of {name} hold NaN or infinity; neurons cannot be grouped by them")
 
 
@@ -98,23 +96,25 @@ def _check_activations(request: GroupingRequest) -> None:
             f"{request.name}: activations must be [tokens, {neurons}] with at least one token; "
             f"got {list(activations_NF.shape)}"
         )
-    if not bool(torch.isfinite(activations_NF).all()):
+    if not _is_finite(activations_NF):
         raise ValueError(f"the activations of {request.name} hold NaN or infinity; trace them again in float32")
+
+
+def _is_finite(values: Tensor) -> bool:
+    """One pass without a mask in memory: the extremes are NaN or infinite if anything is."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
 
 
 def _detached(request: GroupingRequest) -> GroupingRequest:
     weights_FD = request.weights_FD.detach()
     if request.activations_NF is None:
         return replace(request, weights_FD=weights_FD)
-    return replace(
-        request, weights_FD=weights_FD, activations_NF=request.activations_NF.detach().to(weights_FD.device)
-    )
+    return replace(request, weights_FD=weights_FD, activations_NF=request.activations_NF.detach().to(weights_FD.device))
 
 
 def _check_permutation(permutation_F: Tensor, request: GroupingRequest) -> None:
     """A registered method is foreign code: a wrong answer must not reach the weights."""
     identity_F = torch.arange(request.weights_FD.shape[0], device=permutation_F.device)
     if permutation_F.shape != identity_F.shape or not torch.equal(permutation_F.sort().values, identity_F):
-        raise ValueError(
-            f"grouping {str(request.method)!r} returned no permutation of the {len(identity_F)} neurons of {request.name}"
-        )
+        neurons = f"the {len(identity_F)} neurons of {request.name}"
+        raise ValueError(f"grouping {str(request.method)!r} returned no permutation of {neurons}")

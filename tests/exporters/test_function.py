@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.checker
 import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 from onnx import helper
 
 from lte_compile.exporters import schema
@@ -18,19 +20,20 @@ from lte_compile.exporters.function import ACTIVATION_BODIES, Variant, sparse_ff
 from lte_compile.kernels.activations import ACTIVATIONS
 
 WIDTH, EXPERT_SIZE, THRESHOLD = 6, 4, 0.5
-Arrays = Mapping[str, np.ndarray]
-erf = np.vectorize(__import__("math").erf, otypes=[np.float64])
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: Array) -> Any:
     return 1.0 / (1.0 + np.exp(-x))
 
 
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
+def gelu_tanh(x: Array) -> Any:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-REFERENCE = {
+REFERENCE: dict[str, Callable[[Array], Any]] = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "gelu_tanh": gelu_tanh,
@@ -49,18 +52,20 @@ REFERENCE = {
 def weights(*, gated: bool, biased: bool, neurons: int, dtype: type = np.float32, router_bias: float = 0.0) -> Arrays:
     rng = np.random.default_rng(0)
     experts = -(-neurons // EXPERT_SIZE)
-    shapes = {"w_router": (experts, WIDTH), "w_up": (neurons, WIDTH), "w_down": (neurons, WIDTH)}
-    if gated:
-        shapes["w_gate"] = (neurons, WIDTH)
+    shapes: dict[str, tuple[int, ...]] = {"w_router": (experts, WIDTH)}
+    for name in ("w_up", "w_down", "w_gate") if gated else ("w_up", "w_down"):
+        shapes[name] = (neurons, WIDTH)
     if biased:
         shapes |= {"b_up": (neurons,), "b_down": (WIDTH,)} | ({"b_gate": (neurons,)} if gated else {})
-    arrays = {name: (rng.standard_normal(shape) * 0.5).astype(dtype) for name, shape in shapes.items()}
+    arrays: dict[str, Array] = {
+        name: (rng.standard_normal(shape) * 0.5).astype(dtype) for name, shape in shapes.items()
+    }
     if biased or router_bias:
         arrays["b_router"] = np.full(experts, router_bias, dtype)
     return arrays
 
 
-def reference(activation: str, w: Arrays, x: np.ndarray) -> np.ndarray:
+def reference(activation: str, w: Arrays, x: Array) -> Any:
     """The formula in schema.py, in float64."""
     x, w = x.astype(np.float64), {name: array.astype(np.float64) for name, array in w.items()}
     selected = sigmoid(x @ w["w_router"].T + w.get("b_router", 0.0)) > THRESHOLD
@@ -96,18 +101,18 @@ def model(nodes: list[onnx.NodeProto], functions: list[onnx.FunctionProto], w: A
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
 
 
-def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+def run(proto: onnx.ModelProto, x: Array) -> Array:
     onnx.checker.check_model(proto, full_check=True)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
 
 
-def run_one(activation: str, w: Arrays, x: np.ndarray) -> np.ndarray:
+def run_one(activation: str, w: Arrays, x: Array) -> Array:
     function = sparse_ffn_function(variant(activation, w), opset=23)
     return run(model([node(activation, w, "x", "y")], [function], w, x.ndim), x)
 
 
-def sample(*shape: int, dtype: type = np.float32) -> np.ndarray:
+def sample(*shape: int, dtype: type = np.float32) -> Array:
     return np.random.default_rng(1).standard_normal((*shape, WIDTH)).astype(dtype)
 
 
@@ -201,7 +206,7 @@ def test_overloads_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_schema_registers_once_and_types_the_output(tmp_path: Path) -> None:
+def test_schema_registers_once_and_checks_nodes() -> None:
     schema.register()
     schema.register()
     w = weights(gated=False, biased=False, neurons=16)

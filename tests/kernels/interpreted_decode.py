@@ -1,6 +1,7 @@
 """Runs the decode kernels in Triton's interpreter and prints {case: relative error} as JSON.
 
-A program of its own, because TRITON_INTERPRET is read when triton is first imported. Scratch memory comes filled with NaN.
+A program of its own, because TRITON_INTERPRET is read when triton is first imported. Scratch memory
+comes filled with NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def poison_empty() -> None:
         memory = plain_empty(*args, **kwargs)
         return memory.fill_(float("nan") if memory.is_floating_point() else 12345)
 
-    torch.empty = empty  # type: ignore[assignment]
+    torch.empty = empty
 
 
 def error(call: SparseFfnCall) -> float:

@@ -30,7 +30,7 @@ class Shape:
         return count_experts(self.neurons, self.expert_size) if self.offsets is None else len(self.offsets) - 1
 
     @property
-    def offsets_E1(self) -> Tensor | None:
+    def offset_tensor(self) -> Tensor | None:
         return None if self.offsets is None else torch.tensor(self.offsets)
 
 
@@ -74,14 +74,19 @@ def make_call(
     router_ED = torch.randn(shape.experts, shape.width, dtype=torch.float64).to(dtype)
     bias_E = torch.randn(shape.experts, dtype=torch.float64).to(dtype) if biases else None
     weights = make_weights(shape, gated=gated, biases=biases, dtype=dtype)
-    return SparseFfnCall(x_D, router_ED, bias_E, weights, activation, shape.expert_size, tau, shape.offsets_E1)
+    return SparseFfnCall(x_D, router_ED, bias_E, weights, activation, shape.expert_size, tau, shape.offset_tensor)
+
+
+def widen(weights: FfnWeights) -> FfnWeights:
+    return FfnWeights._make(None if t is None else t.double() for t in weights)
 
 
 def in_float64(call: SparseFfnCall) -> SparseFfnCall:
     """The same numbers in float64: what every other dtype is measured against."""
-    weights = FfnWeights(*(None if t is None else t.double() for t in call.weights))
     bias = None if call.router_bias_E is None else call.router_bias_E.double()
-    return call._replace(x_D=call.x_D.double(), router_ED=call.router_ED.double(), router_bias_E=bias, weights=weights)
+    return call._replace(
+        x_D=call.x_D.double(), router_ED=call.router_ED.double(), router_bias_E=bias, weights=widen(call.weights)
+    )
 
 
 def run_op(call: SparseFfnCall) -> Tensor:
@@ -93,7 +98,8 @@ def run_op(call: SparseFfnCall) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+    wide = expected.detach().double()
+    return float((actual.detach().double() - wide).norm() / wide.norm().clamp_min(1e-300))
 
 
 def with_tokens(shape: Shape, *tokens: int) -> Shape:

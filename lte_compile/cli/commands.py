@@ -1,0 +1,279 @@
+"""The commands' options. Work, and with it torch, is imported when a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lte_compile.cli import options
+from lte_compile.cli.options import TaskOptions
+from lte_compile.cli.output import Outcome, emit, only_result_on_stdout
+from lte_compile.config import Grouping, TransformConfig
+from lte_compile.train_config import Gates, TrainConfig
+
+if TYPE_CHECKING:
+    from lte_compile.cli.training import TrainSettings
+
+
+def _show(work: Callable[[], Outcome], as_json: bool) -> None:
+    with only_result_on_stdout(as_json):
+        outcome = work()
+    emit(outcome, as_json=as_json)
+
+
+def inspect(
+    model: options.Model,
+    graph: Annotated[Path | None, typer.Option(help="Draw one site's graph: .svg, .png or .pdf.")] = None,
+    site: Annotated[int, typer.Option(help="Which site to draw, from 0.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """List a model's FFNs, and why every other linear layer is none."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.inspecting import inspect_model
+
+        return inspect_model(model, graph, site)
+
+    _show(work, as_json)
+
+
+def convert(
+    model: options.Model,
+    out: options.OutDirectory,
+    expert_size: options.ExpertSize = 32,
+    grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    seed: options.Seed = 0,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), fp32, fp16, bf16 or fp64.")] = "auto",
+    task: Annotated[str, typer.Option(help="Text to run for --grouping coactivation; as in train.")] = "",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Give every FFN a router; the model's function stays as it is, and plain transformers can still load it."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.converting import ConvertSettings, convert_model
+
+        settings = ConvertSettings(
+            model=model,
+            out=out,
+            config=TransformConfig(expert_size=expert_size, grouping=grouping, seed=seed),
+            dtype=dtype,
+            task=TaskOptions(name=task) if task else None,
+            overwrite=overwrite,
+        )
+        return convert_model(settings)
+
+    _show(work, as_json)
+
+
+def train(
+    model: options.Model,
+    out: options.OutDirectory,
+    task: options.Task,
+    task_kind: options.TaskKindName = "",
+    target_density: Annotated[float, typer.Option(help="Share of neurons to keep active.")] = 0.3,
+    finetune_steps: Annotated[
+        int | None, typer.Option(help="Steps of dense fine-tuning first.", show_default="270 for a new head, else 0")
+    ] = None,
+    stage1_steps: Annotated[int, typer.Option(help="Steps in which model and routers train.")] = 270,
+    stage2_steps: Annotated[int, typer.Option(help="Steps in which the routers are frozen.")] = 135,
+    learning_rate: Annotated[float, typer.Option(help="Of the model.")] = 1e-4,
+    router_learning_rate: Annotated[float, typer.Option(help="Of the routers.")] = 3e-4,
+    gates: Annotated[Gates, typer.Option(help="What multiplies expert outputs in stage 1.")] = Gates.STRAIGHT_THROUGH,
+    separability: Annotated[float, typer.Option(help="Lambda, the weight of the separability loss.")] = 0.0,
+    distillation: Annotated[float, typer.Option(help="Weight of the dense model's outputs as targets, 0 to 1.")] = 0.0,
+    batch_size: options.BatchSize = None,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches a batch is cut into.")] = 1,
+    max_length: options.MaxLength = 64,
+    window: options.Window = 256,
+    test_examples: options.TestExamples = None,
+    expert_size: options.ExpertSize = 32,
+    grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    seed: options.Seed = 0,
+    autocast: Annotated[bool, typer.Option("--autocast", help="bfloat16 autocast.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 100,
+    resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoints, if there are any.")] = True,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune if asked to, give FFNs routers, train through LTE's two stages, compare with dense, save."""
+
+    def settings() -> TrainSettings:
+        from lte_compile.cli.training import TrainSettings
+
+        return TrainSettings(
+            model=model,
+            out=out,
+            task=TaskOptions(
+                name=task,
+                kind=task_kind,
+                batch_size=batch_size,
+                max_length=max_length,
+                window=window,
+                test_examples=test_examples,
+            ),
+            transform=TransformConfig(expert_size=expert_size, grouping=grouping, seed=seed),
+            train=TrainConfig(
+                target_density=target_density,
+                stage1_steps=stage1_steps,
+                stage2_steps=stage2_steps,
+                learning_rate=learning_rate,
+                router_learning_rate=router_learning_rate,
+                gates=gates,
+                separability=separability,
+                distillation=distillation,
+                accumulation=accumulation,
+                autocast=autocast,
+                gradient_checkpointing=gradient_checkpointing,
+                checkpoint_every=checkpoint_every,
+                seed=seed,
+            ),
+            finetune_steps=finetune_steps,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def work() -> Outcome:
+        from lte_compile.cli.training import train_model
+
+        return train_model(settings())
+
+    _show(work, as_json)
+
+
+def evaluate(
+    model: options.Model,
+    task: options.Task,
+    task_kind: options.TaskKindName = "",
+    density: Annotated[list[float] | None, typer.Option(help="Share of active neurons; may be repeated.")] = None,
+    batch_size: options.BatchSize = None,
+    max_length: options.MaxLength = 64,
+    window: options.Window = 256,
+    test_examples: options.TestExamples = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure accuracy or perplexity and density on the test split; thresholds are placed on the validation split."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.evaluating import evaluate_model
+
+        task_options = TaskOptions(
+            name=task,
+            kind=task_kind,
+            batch_size=batch_size,
+            max_length=max_length,
+            window=window,
+            test_examples=test_examples,
+        )
+        return evaluate_model(model, task_options, density or [], device)
+
+    _show(work, as_json)
+
+
+def export(
+    model: options.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
+    kv_cache: Annotated[bool, typer.Option("--kv-cache", help="A decoder with cache inputs and outputs.")] = False,
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    dynamic_axes: Annotated[str, typer.Option(help="batch_and_sequence, batch or none.")] = "batch_and_sequence",
+    opset: Annotated[int, typer.Option(help="20 to 23.")] = 20,
+    dense: Annotated[bool, typer.Option("--dense", help="Also export a model without routers.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write an ONNX file, run it in plain ONNX Runtime and compare it with torch."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.exporting import ExportSettings, export_model
+
+        settings = ExportSettings(
+            model=model, out=out, kv_cache=kv_cache, dtype=dtype, dynamic_axes=dynamic_axes, opset=opset, dense=dense
+        )
+        return export_model(settings)
+
+    _show(work, as_json)
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 32,
+    runtime: Annotated[str, typer.Option(help="torch, or ort (ONNX Runtime).")] = "torch",
+    onnx: Annotated[Path | None, typer.Option(help="A file written by export --kv-cache, for --runtime ort.")] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Continue a text greedily."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.generating import GenerateSettings, generate_text
+
+        settings = GenerateSettings(
+            model=model,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            runtime=runtime,
+            onnx=onnx,
+            device=device,
+            stream=not as_json,
+        )
+        return generate_text(settings)
+
+    _show(work, as_json)
+
+
+def bench(
+    subject: Annotated[str, typer.Argument(metavar="MODEL|WxF", help="A model, or a shape such as 576x1536.")],
+    densities: Annotated[list[float] | None, typer.Option("--densities", help="May be repeated.")] = None,
+    gated: Annotated[bool, typer.Option("--gated/--plain", help="Of a shape.")] = True,
+    activation: Annotated[str, typer.Option(help="Of a shape.")] = "silu",
+    biases: Annotated[bool, typer.Option("--biases/--no-biases", help="Of a shape.")] = False,
+    expert_size: options.ExpertSize = 32,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16 or fp64.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's")] = None,
+    seconds: Annotated[float, typer.Option(help="Measuring time per density.")] = 0.5,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Time one FFN for one token: dense against lte::sparse_ffn, router included."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.benching import BenchSettings
+        from lte_compile.cli.benching import bench as measure
+
+        settings = BenchSettings(
+            subject=subject,
+            densities=densities or (0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
+            gated=gated,
+            activation=activation,
+            biases=biases,
+            expert_size=expert_size,
+            dtype=dtype,
+            threads=threads,
+            seconds=seconds,
+            device=device,
+        )
+        return measure(settings)
+
+    _show(work, as_json)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Every part, with too few steps to mean anything.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """The whole job on real weights: fine-tune, convert, train, compare, export, run in ONNX Runtime, report."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.demonstrating import demonstrate
+
+        return demonstrate(out, quick=quick)
+
+    _show(work, as_json)

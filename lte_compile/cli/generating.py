@@ -1,0 +1,188 @@
+"""lte-compile generate: greedy text, by torch or by ONNX Runtime, shown as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.cli.output import Outcome, messages
+from lte_compile.cli.preparing import find_model, pick_device
+from lte_compile.loading import load_causal_lm, load_tokenizer
+from lte_compile.progress import TrainingProgress
+from lte_compile.routing import routers
+from lte_compile.tracing import trace_routers
+
+RUNTIMES = ("torch", "ort")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """As the command's options; `stream` shows text on stdout while it is generated."""
+
+    model: str
+    prompt: str
+    max_new_tokens: int
+    runtime: str
+    onnx: Path | None
+    device: str
+    stream: bool
+
+
+@dataclass
+class _Text:
+    """Tokens so far as text; what `show` gets adds up to it."""
+
+    tokenizer: Any
+    show: Callable[[str], None]
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        text = self.text
+        if not text.endswith("\ufffd"):  # the first bytes of a character whose rest is still to come
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+    @property
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+
+def generate_text(settings: GenerateSettings) -> Outcome:
+    """Generate until the model's end token or `max_new_tokens`.
+
+    Raises:
+        ValueError: bad input; no ONNX file for runtime "ort".
+    """
+    _check(settings)
+    with TrainingProgress() as progress:
+        path = find_model(settings.model, progress)
+        generate = _torch_generator(path, settings) if settings.runtime == "torch" else _ort_generator(path, settings)
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer(settings.prompt)["input_ids"]
+    if not ids:
+        raise ValueError("the prompt holds no token; give a longer one")
+    text = _Text(tokenizer, _write if settings.stream else lambda piece: None)
+    start = perf_counter()
+    density = generate(ids, text.add)
+    seconds = perf_counter() - start
+    if settings.stream:
+        _write(text.text[len(text.shown) :] + "\n")
+    return _outcome(settings, text, density, seconds)
+
+
+Generate = Callable[[list[int], Callable[[int], None]], float | None]
+
+
+def _check(settings: GenerateSettings) -> None:
+    if settings.runtime not in RUNTIMES:
+        raise ValueError(f"--runtime must be one of {', '.join(RUNTIMES)}; got {settings.runtime!r}")
+    if settings.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1; got {settings.max_new_tokens}")
+    if settings.runtime == "ort" and settings.onnx is None:
+        raise ValueError("--runtime ort runs a file: give --onnx FILE, written by lte-compile export --kv-cache")
+    if settings.onnx is not None and not settings.onnx.is_file():
+        raise ValueError(f"{settings.onnx}: no such file")
+
+
+def _torch_generator(path: Path, settings: GenerateSettings) -> Generate:
+    model, _ = load_causal_lm(path)
+    model.eval().to(pick_device(settings.device))
+
+    def generate(ids: list[int], on_token: Callable[[int], None]) -> float | None:
+        if not any(routers(model)):
+            _generate(model, ids, settings.max_new_tokens, on_token)
+            return None
+        with trace_routers(model) as trace:
+            _generate(model, ids, settings.max_new_tokens, on_token)
+        return trace.density()
+
+    return generate
+
+
+class _Streamer:
+    """What transformers' generate() hands tokens to; the prompt comes first."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._prompt_is_due = True
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_is_due:
+            self._prompt_is_due = False
+            return
+        for token in value.flatten().tolist():
+            self._on_token(token)
+
+    def end(self) -> None:
+        pass  # there is nothing left to flush
+
+
+@torch.no_grad()
+def _generate(model: nn.Module, ids: list[int], max_new_tokens: int, on_token: Callable[[int], None]) -> None:
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    decoder: Any = model
+    decoder.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        streamer=_Streamer(on_token),
+    )
+
+
+def _ort_generator(path: Path, settings: GenerateSettings) -> Generate:
+    from lte_compile.exporters.runtime import OrtGenerator, open_session  # the extra [onnx], which torch needs not
+
+    assert settings.onnx is not None
+    decoder = OrtGenerator(open_session(settings.onnx))
+    ends = frozenset(_end_tokens(path))
+
+    def generate(ids: list[int], on_token: Callable[[int], None]) -> None:
+        for token in decoder.stream([ids], max_new_tokens=settings.max_new_tokens):
+            on_token(int(token[0]))
+            if int(token[0]) in ends:
+                return
+
+    return generate
+
+
+def _end_tokens(path: Path) -> Iterator[int]:
+    """The tokens that transformers' generate() would end at."""
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ends = record.get("eos_token_id")
+        if ends is not None:
+            yield from ends if isinstance(ends, list) else [ends]
+            return
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _outcome(settings: GenerateSettings, text: _Text, density: float | None, seconds: float) -> Outcome:
+    count = len(text.tokens)
+    document = {
+        "model": settings.model,
+        "runtime": settings.runtime,
+        "prompt": settings.prompt,
+        "text": text.text,
+        "tokens": text.tokens,
+        "density": density,
+        "seconds": round(seconds, 3),
+    }
+    share = "" if density is None else f", density {density:.3f}"
+    messages().print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second{share}", highlight=False)
+    return Outcome(document)

@@ -1,0 +1,128 @@
+"""lte-compile export and generate, in torch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lte_compile.cli.app import app
+from lte_compile.loading import load_causal_lm
+from tests.cli.conftest import Run
+
+RunJson = Callable[..., Any]
+PROMPT = "w1 w2 w3"
+
+
+@pytest.fixture(scope="module")
+def exported(trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What export --kv-cache said about the trained decoder; `file` is the file."""
+    path = tmp_path_factory.mktemp("onnx") / "decoder.onnx"
+    result = CliRunner().invoke(app, ["export", str(trained_llama), str(path), "--kv-cache", "--json"])
+    assert result.exit_code == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_an_exported_decoder_equals_torch(exported: dict[str, Any]) -> None:
+    assert exported["max_abs_diff"] < 1e-4  # float32 in another order of summation
+    assert len(exported["sparse"]) == 2
+    assert exported["bytes"] == Path(exported["file"]).stat().st_size
+    assert "past_key_values.1.value" in exported["inputs"]
+
+
+def test_an_exported_classifier_equals_torch(run: Run, trained_bert: Path, tmp_path: Path) -> None:
+    result = run("export", trained_bert, tmp_path / "model.onnx", "--dynamic-axes", "batch")
+    assert result.exit_code == 0, result.stderr
+    assert "2 SparseFFN nodes" in result.stdout
+    difference = float(result.stdout.rpartition(":")[2])
+    assert difference < 1e-4
+
+
+def test_a_dense_model_is_exported_on_request(run: Run, run_json: RunJson, vit: Path, tmp_path: Path) -> None:
+    refused = run("export", vit, tmp_path / "model.onnx")
+    assert refused.exit_code == 2
+    assert "--dense" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    document = run_json("export", vit, tmp_path / "model.onnx", "--dense", "--dtype", "fp16", "--dynamic-axes", "none")
+    assert document["sparse"] == []
+    assert document["max_abs_diff"] < 0.02  # 10 bits of mantissa, logits of about 1
+
+
+@pytest.mark.parametrize("options", [("--dtype", "int8"), ("--dynamic-axes", "all"), ("--opset", 3)])
+def test_export_refuses_bad_options(run: Run, trained_bert: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    assert run("export", trained_bert, tmp_path / "model.onnx", *options).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_a_cache_for_an_encoder(run: Run, trained_bert: Path, tmp_path: Path) -> None:
+    result = run("export", trained_bert, tmp_path / "model.onnx", "--kv-cache")
+    assert result.exit_code == 2
+    assert "no causal language model" in result.stderr
+
+
+def test_both_runtimes_generate_the_same(run_json: RunJson, trained_llama: Path, exported: dict[str, Any]) -> None:
+    by_torch = run_json("generate", trained_llama, PROMPT, "--max-new-tokens", 12)
+    by_ort = run_json(
+        "generate", trained_llama, PROMPT, "--max-new-tokens", 12, "--runtime", "ort", "--onnx", exported["file"]
+    )
+    assert by_torch["tokens"] == by_ort["tokens"]
+    assert by_torch["text"] == by_ort["text"]
+    assert 0.0 < by_torch["density"] < 1.0
+
+
+def test_text_is_all_that_goes_to_stdout(run: Run, run_json: RunJson, llama: Path) -> None:
+    expected = run_json("generate", llama, PROMPT, "--max-new-tokens", 6)
+    result = run("generate", llama, PROMPT, "--max-new-tokens", 6)
+    assert result.stdout == expected["text"] + "\n"
+    assert "tokens in" in result.stderr
+    assert expected["density"] is None
+
+
+def test_generation_ends_at_the_end_token(
+    run_json: RunJson, trained_llama: Path, exported: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_json("generate", trained_llama, PROMPT, "--max-new-tokens", 1)["tokens"][0]
+    monkeypatch.setattr("lte_compile.cli.generating._end_tokens", lambda path: [first])
+    options = ("--runtime", "ort", "--onnx", exported["file"])
+    assert run_json("generate", trained_llama, PROMPT, *options)["tokens"] == [first]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--runtime", "ort"), "--onnx FILE"),
+        (("--runtime", "tensorrt"), "torch, ort"),
+        (("--runtime", "ort", "--onnx", "missing.onnx"), "no such file"),
+        (("--max-new-tokens", 0), "at least 1"),
+    ],
+)
+def test_generate_refuses_bad_options(run: Run, llama: Path, options: tuple[object, ...], says: str) -> None:
+    result = run("generate", llama, PROMPT, *options)
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_generate_refuses_an_encoder_and_an_empty_prompt(run: Run, bert: Path, llama: Path) -> None:
+    encoder = run("generate", bert, PROMPT)
+    assert encoder.exit_code == 2
+    assert "no causal language model" in encoder.stderr
+    empty = run("generate", llama, "")
+    assert empty.exit_code == 2
+    assert "prompt" in empty.stderr
+
+
+def test_generation_is_greedy(run_json: RunJson, llama: Path) -> None:
+    model, tokenizer = load_causal_lm(llama)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    expected = []
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+            expected.append(int(ids[0, -1]))
+    assert run_json("generate", llama, PROMPT, "--max-new-tokens", 3)["tokens"] == expected

@@ -1,0 +1,144 @@
+"""lte-compile train and evaluate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lte_compile.config import Stage
+from lte_compile.loading import load_model
+from lte_compile.progress import TrainingProgress
+from lte_compile.routing import routers
+from lte_compile.training import StepEvent
+from tests.cli.conftest import BERT_RUN, Run
+
+RunJson = Callable[..., Any]
+
+
+def test_training_leaves_a_hard_model_near_its_target(trained_bert: Path, run_json: RunJson, labelled: Path) -> None:
+    assert {router.stage for router in routers(load_model(trained_bert))} == {Stage.HARD}
+    rows = run_json("evaluate", trained_bert, "--task", labelled)["rows"]
+    assert [row["stage"] for row in rows] == ["dense", "hard"]
+    assert rows[0]["density"] == 1.0
+    assert abs(rows[1]["density"] - 0.3) < 0.1  # calibrated on 16 held-out texts, measured on 16 others
+    assert rows[1]["quality"] == rows[1]["accuracy"] > 0.5  # two balanced classes, one telling word
+
+
+def test_evaluate_serves_several_densities(trained_bert: Path, run_json: RunJson, labelled: Path) -> None:
+    document = run_json("evaluate", trained_bert, "--task", labelled, "--density", 0.2, "--density", 0.7)
+    low, high = document["rows"][1:]
+    assert (low["target"], high["target"]) == (0.2, 0.7)
+    assert low["density"] < 0.45 < high["density"]
+    assert low["threshold"] > high["threshold"]
+
+
+def test_evaluate_prints_a_table(trained_bert: Path, run: Run, labelled: Path) -> None:
+    result = run("evaluate", trained_bert, "--task", labelled)
+    assert result.exit_code == 0
+    assert "Test accuracy" in result.stdout
+    assert "hard" in result.stdout
+
+
+def test_training_a_language_model_reports_before_and_after(
+    run: Run, run_json: RunJson, converted: Path, prose: Path, tmp_path: Path
+) -> None:
+    """From a converted directory, with distillation; then evaluated as a dense and as a sparse model."""
+    steps = ("--finetune-steps", 2, "--stage1-steps", 4, "--stage2-steps", 2, "--window", 16, "--test-examples", 20)
+    out = tmp_path / "out"
+    document = run_json("train", converted, out, "--task", prose, *steps, "--distillation", 0.5, "--batch-size", 4)
+    assert document["metric"] == "perplexity"
+    assert document["dense"]["density"] == 1.0
+    assert document["sparse"]["density"] < 0.6
+    assert document["test_examples"] == 20
+    result = run("evaluate", out, "--task", prose, "--window", 16, "--test-examples", 20)
+    assert "perplexity" in result.stdout
+
+
+def test_evaluating_a_dense_language_model(run: Run, run_json: RunJson, llama: Path, prose: Path) -> None:
+    (row,) = run_json("evaluate", llama, "--task", prose, "--window", 16, "--test-examples", 8)["rows"]
+    assert row["density"] == 1.0
+    assert row["quality"] == pytest.approx(torch.tensor(row["loss"]).exp().item(), rel=1e-5)
+    refused = run("evaluate", llama, "--task", prose, "--density", 0.5)
+    assert refused.exit_code == 2
+    assert "no routers" in refused.stderr
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    run: Run, bert: Path, trained_bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("train", bert, out, "--task", labelled, *BERT_RUN)
+    show = TrainingProgress.__call__
+
+    def killed(self: TrainingProgress, event: StepEvent) -> None:
+        show(self, event)
+        if (event.phase, event.step) == ("stage 1", 7):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingProgress, "__call__", killed)
+    assert run(*arguments).exit_code != 0
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(TrainingProgress, "__call__", show)
+    resumed = run(*arguments)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "fine-tune" not in resumed.stderr
+    weights, expected = load_file(out / "model.safetensors"), load_file(trained_bert / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_of_another_run_are_not_resumed(
+    run: Run, bert: Path, trained_bert: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained_bert, out)
+    arguments = ("train", bert, out, "--task", labelled, *BERT_RUN, "--target-density", 0.5)
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "target_density was 0.3, now 0.5" in refused.stderr
+    occupied = run(*arguments, "--no-resume")
+    assert occupied.exit_code == 2
+    assert "--overwrite" in occupied.stderr
+    assert load_file(out / "model.safetensors").keys()
+    assert run(*arguments, "--no-resume", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--target-density", 1.5), "target_density"),
+        (("--distillation", 2), "distillation"),
+        (("--batch-size", 0), "batch_size"),
+        (("--device", "tpu"), "--device"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--task-kind", "classificatoin"), "did you mean 'classification'"),
+        (("--task-kind", "language-model"), "causal language model"),
+        (("--expert-size", 4096), "4096"),
+    ],
+)
+def test_train_refuses_bad_options(
+    run: Run, bert: Path, labelled: Path, tmp_path: Path, options: tuple[object, ...], says: str
+) -> None:
+    result = run("train", bert, tmp_path / "out", "--task", labelled, "--finetune-steps", 0, *options)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("density", [0, 1.2])
+def test_evaluate_refuses_bad_densities(run: Run, trained_bert: Path, labelled: Path, density: float) -> None:
+    result = run("evaluate", trained_bert, "--task", labelled, "--density", density)
+    assert result.exit_code == 2
+    assert "(0, 1]" in result.stderr
+
+
+def test_evaluate_wants_a_classifier_of_the_tasks_labels(run: Run, bert: Path, labelled: Path) -> None:
+    result = run("evaluate", bert, "--task", labelled)  # three labels; the task has two
+    assert result.exit_code == 2
+    assert "animal, tool" in result.stderr

@@ -1,0 +1,119 @@
+"""The decode kernels on a GPU: errors, run-to-run equality, and one CUDA graph for every mask and input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lte_compile.kernels.ops  # noqa: F401
+from lte_compile.kernels.activations import ACTIVATIONS
+from lte_compile.kernels.ffn import FfnWeights
+from lte_compile.kernels.lowering import choose, describe
+from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
+from tests.kernels.problems import TOLERANCE, Shape, in_float64, make_call, relative_error, run_op
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [
+    Shape((1,), 576, 1536, 32),
+    Shape((1, 1), 4096, 11008, 32),
+    Shape((1,), 37, 61, 12),
+    Shape((1,), 8, 11, 1),
+    Shape((1,), 768, 3072, 24),
+    Shape((1,), 16, 24, 24),
+]
+
+
+def on_gpu(call: SparseFfnCall) -> SparseFfnCall:
+    def move(tensor: Tensor | None) -> Any:  # `.cuda()` keeps a transposed layout
+        return None if tensor is None else tensor.cuda()
+
+    weights = FfnWeights._make(move(t) for t in call.weights)
+    router, bias = move(call.router_ED), move(call.router_bias_E)
+    return call._replace(x_D=move(call.x_D), router_ED=router, router_bias_E=bias, weights=weights)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape: Shape, gated: bool, dtype: torch.dtype) -> None:
+    call = on_gpu(make_call(shape, gated=gated, dtype=dtype))
+    assert choose(describe(call)).lowering.name == "triton-decode"
+    assert relative_error(run_op(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    call = on_gpu(make_call(SHAPES[2], dtype=torch.float32, activation=activation))
+    assert relative_error(run_op(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("tau", [-1.0, 1.0], ids=["all active", "none active"])
+def test_extremes(tau: float) -> None:
+    call = on_gpu(make_call(SHAPES[0], dtype=torch.float32, tau=tau))
+    assert relative_error(run_op(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
+
+
+def test_tokens_that_no_kernel_serves_use_the_reference() -> None:
+    call = on_gpu(make_call(Shape((3,), 37, 61, 12), dtype=torch.float32))
+    assert choose(describe(call)).lowering.name == "reference"
+    assert relative_error(run_op(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
+
+
+def test_a_hundred_runs_are_bit_equal() -> None:
+    call = on_gpu(make_call(SHAPES[0], dtype=torch.bfloat16))
+    first = run_op(call)
+    assert all(torch.equal(run_op(call), first) for _ in range(100))
+
+
+def test_one_cuda_graph_serves_every_mask_and_input() -> None:
+    call = on_gpu(make_call(SHAPES[0], dtype=torch.float32))
+    assert call.router_bias_E is not None
+    run_op(call)  # compiles the kernels: not allowed during capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run_op(call)
+    active = set()
+    for shift in (-60.0, -20.0, -5.0, 0.0, 5.0, 60.0, -20.0):
+        call.x_D.normal_()
+        call.router_bias_E.normal_().add_(shift)
+        graph.replay()
+        torch.cuda.synchronize()
+        active.add(int(active_experts(call).sum()))
+        assert relative_error(output, sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
+    assert {0, SHAPES[0].experts} < active  # none, all and something between were met
+
+
+def test_scratch_memory_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        memory = plain_empty(*args, **kwargs)
+        return memory.fill_(float("nan") if memory.is_floating_point() else 12345)
+
+    call = on_gpu(make_call(SHAPES[0], dtype=torch.float32))
+    expected = run_op(call)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert torch.equal(run_op(call), expected)
+
+
+def test_autocast_decides_on_the_unrounded_input() -> None:
+    call = on_gpu(make_call(SHAPES[0], dtype=torch.float32))
+    expected = run_op(call)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        result = run_op(call)
+    assert result.dtype == torch.bfloat16
+    assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]

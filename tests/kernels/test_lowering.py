@@ -1,0 +1,101 @@
+"""The lowering table is total and explains itself; the CPU lowering's runs; the down-projection's layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lte_compile.kernels.layout import is_neuron_major, neuron_major
+from lte_compile.kernels.lowering import LOWERINGS, MAX_CPU_TOKENS, MAX_DECODE_EXPERTS, choose, describe
+from lte_compile.kernels.sparse_ffn_cpu import find_runs, sparse_ffn_cpu
+from lte_compile.kernels.sparse_ffn_reference import sparse_ffn_reference
+from tests.kernels.problems import SHAPES, Shape, make_call, with_tokens
+
+ONE_TOKEN = describe(make_call(SHAPES[0], dtype=torch.float32))
+ON_CUDA = ONE_TOKEN._replace(device="cuda")
+
+
+def test_each_op_ends_with_a_reference_that_never_refuses() -> None:
+    last = {row.op: row for row in LOWERINGS}
+    for row in last.values():
+        assert row.name == "reference"
+        assert row.refuse(ONE_TOKEN._replace(device="unheard-of", tokens=10**9)) is None
+
+
+def test_one_token_on_cuda_is_decoded_by_triton() -> None:
+    pytest.importorskip("triton")
+    assert choose(ON_CUDA).lowering.name == "triton-decode"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"tokens": 2}, "serves one token; got 2"),
+        ({"tokens": 0}, "serves one token; got 0"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"unequal_experts": True}, "expert_offsets"),
+        ({"contiguous": False}, "contiguous"),
+        ({"down_is_neuron_major": False}, "neuron-major"),
+        ({"experts": MAX_DECODE_EXPERTS + 1}, "lists up to"),
+        ({"device": "cpu"}, "needs a CUDA device"),
+    ],
+)
+def test_triton_refuses_with_a_reason(change: dict[str, object], reason: str) -> None:
+    pytest.importorskip("triton")
+    choice = choose(ON_CUDA._replace(**change))  # type: ignore[arg-type]
+    assert choice.lowering.name != "triton-decode"
+    assert reason in choice.refusals["triton-decode"]
+    assert reason in str(choice)
+
+
+def test_few_tokens_on_a_cpu_read_runs_of_experts() -> None:
+    assert choose(ONE_TOKEN).lowering.name == "cpu-runs"
+    assert choose(ONE_TOKEN._replace(tokens=MAX_CPU_TOKENS + 1)).lowering.name == "reference"
+
+
+def test_an_unknown_op_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no lowering for 'lte::nothing'"):
+        choose(ONE_TOKEN._replace(op="lte::nothing"))
+
+
+@pytest.mark.parametrize(
+    "active, gap, runs",
+    [
+        ("", 0, []),
+        ("...", 0, []),
+        ("###", 0, [(0, 3)]),
+        ("#.##..#", 0, [(0, 1), (2, 4), (6, 7)]),
+        ("#.##..#", 1, [(0, 4), (6, 7)]),
+        ("#.##..#", 2, [(0, 7)]),
+        (".#.", 5, [(1, 2)]),
+    ],
+)
+def test_runs_cover_the_active_experts(active: str, gap: int, runs: list[tuple[int, int]]) -> None:
+    assert find_runs([c == "#" for c in active], gap) == runs
+
+
+@pytest.mark.parametrize("run_cost", [0, 10**9], ids=["no gap joined", "all gaps joined"])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[-1]], ids=str)
+def test_joining_runs_changes_no_result(
+    monkeypatch: pytest.MonkeyPatch, shape: Shape, tokens: int, run_cost: int
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("lte_compile.kernels.sparse_ffn_cpu.RUN_COST_BYTES", run_cost)
+    call = make_call(with_tokens(shape, tokens))
+    torch.testing.assert_close(sparse_ffn_cpu(call), sparse_ffn_reference(call), rtol=1e-12, atol=1e-12)
+
+
+def test_neuron_major_keeps_shape_and_values() -> None:
+    weight = torch.randn(3, 5)
+    turned = neuron_major(weight)
+    assert torch.equal(turned, weight)
+    assert turned.t().is_contiguous()
+    assert is_neuron_major(turned)
+    assert not is_neuron_major(weight)
+    assert neuron_major(turned) is turned
+
+
+def test_layout_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(ValueError, match=r"matrix.*\[3\]"):
+        neuron_major(torch.randn(3))

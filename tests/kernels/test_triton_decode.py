@@ -1,0 +1,116 @@
+"""The decode kernels without a GPU: interpreted against float64, and compiled ahead of time for two architectures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lte_compile.kernels.activations import ACTIVATIONS
+from tests.kernels import interpreted_decode
+from tests.kernels.problems import TOLERANCE
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUTE_UP_TYPES = {
+    **dict.fromkeys(("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr"), "*bf16"),
+    "router_bias_ptr": "*fp32",
+    "hidden_ptr": "*fp32",
+    "active_ptr": "*i32",
+    "arrived_ptr": "*i32",
+    "tau": "fp32",
+    "F": "i32",
+}
+DOWN_TYPES = {
+    "hidden_ptr": "*fp32",
+    "active_ptr": "*i32",
+    "down_ptr": "*bf16",
+    "down_bias_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "arrived_ptr": "*i32",
+    "F": "i32",
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted_errors() -> dict[str, float]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.interpreted_decode"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors: dict[str, float] = json.loads(done.stdout)
+    return errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["gated", "plain"])
+@pytest.mark.parametrize("shape", interpreted_decode.SHAPES)
+def test_interpreted_kernels_match_float64(
+    interpreted_errors: dict[str, float], shape: str, form: str, dtype: torch.dtype
+) -> None:
+    assert interpreted_errors[f"{shape}, {dtype}, {form}"] < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", [*ACTIVATIONS, "all active", "none active"])
+def test_interpreted_activations_and_extremes_match_float64(interpreted_errors: dict[str, float], case: str) -> None:
+    assert interpreted_errors[case] < TOLERANCE[torch.float32]
+
+
+def compile_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int) -> str:
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and types[n][0] == "*"
+    }
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=aligned
+    )
+    target = GPUTarget("cuda", capability, 32)
+    ptx: str = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    return ptx
+
+
+def spilled_bytes(ptx: str, capability: int) -> int:
+    """What the ptxas that Triton ships reports."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    architecture = sm_arch_from_capability(capability)
+    command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"(\d+) bytes spill", done.stderr)
+    assert counts, done.stderr
+    return sum(map(int, counts))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("gated", [True, False])
+def test_kernels_compile_without_spills(gated: bool, capability: int) -> None:
+    from lte_compile.kernels import decode_kernels
+    from lte_compile.kernels.triton_decode import DecodeConfig
+
+    config = DecodeConfig()
+    missing = ("up_bias_ptr", "gate_bias_ptr") if gated else ("gate_ptr", "gate_bias_ptr")
+    shape: dict[str, object] = {"D": 4096, "EXPERT_SIZE": 32}
+    up = {**dict.fromkeys(missing), **shape, "ACTIVATION": "silu" if gated else "gelu", "COUNTERS": 16}
+    up |= {"ROWS": config.up_rows, "BLOCK": config.up_block, "STAGES": config.up_stages}
+    down = {**shape, "EXPERTS": 344, "EXPERTS_PADDED": 512, "SPLITS": config.down_splits}
+    down |= {"ROWS": config.down_rows, "BLOCK": config.down_block, "STAGES": config.down_stages}
+    for kernel, types, constants, warps in (
+        (decode_kernels.route_up, ROUTE_UP_TYPES, up, config.up_warps),
+        (decode_kernels.down, DOWN_TYPES, down, config.down_warps),
+    ):
+        ptx = compile_ptx(kernel, types, constants, capability, warps)
+        assert re.search(r"ld\.global\S*\.v4", ptx), "weights must be read 16 bytes at a time"
+        assert spilled_bytes(ptx, capability) == 0

@@ -1,0 +1,88 @@
+"""The numeric probe on regions cut out by hand: it must catch what structure alone would let through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from lte_compile.capture import capture
+from lte_compile.kernels.activations import ACTIVATIONS
+from lte_compile.passes.dataflow import GraphView
+from lte_compile.passes.ir import Fusion
+from lte_compile.passes.probe import UNKNOWN, Finding, ProbeError, Region, probe
+
+T, H = 4, 24
+
+
+def probed(
+    function: Callable[..., Tensor], *widths: int, hidden: int = H, dtype: torch.dtype = torch.float32
+) -> Finding:
+    """Probes `function` of projections of the given widths, all of whose nodes make up the region."""
+    graph = capture(fx.symbolic_trace(function), tuple(torch.zeros(2, T, width, dtype=dtype) for width in widths))
+    nodes = list(graph.module.graph.nodes)
+    ups = tuple(node for node in nodes if node.op == "placeholder")
+    inner = tuple(node for node in nodes if node.op not in ("placeholder", "output"))
+    region = Region(ups=ups, axes=(2,) * len(ups), nodes=inner, output=inner[-1], axis=2)
+    return probe(GraphView.of(graph), region, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_names_every_activation(name: str, dtype: torch.dtype) -> None:
+    """In bfloat16 too, where gelu and gelu_tanh round to the same numbers: the probe computes in float64."""
+    apply = ACTIVATIONS[name].apply
+    assert probed(lambda up: apply(up) + 0, H, dtype=dtype).activation == name
+    gated = probed(lambda gate, up: apply(gate) * up, H, H, dtype=dtype)
+    assert (gated.activation, gated.gate) == (name, 0)
+
+
+def test_tells_gate_from_up_by_what_they_compute() -> None:
+    assert probed(lambda up, gate: up * torch.relu(gate), H, H) == Finding("relu", Fusion.SEPARATE, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "fusion"),
+    [
+        (lambda both: torch.relu(both[..., :H]) * both[..., H:], Fusion.GATE_THEN_UP),
+        (lambda both: both[..., :H] * torch.relu(both[..., H:]), Fusion.UP_THEN_GATE),
+        (lambda both: torch.relu(both[..., ::2]) * both[..., 1::2], Fusion.INTERLEAVED_GATE_FIRST),
+        (lambda both: both[..., ::2] * torch.relu(both[..., 1::2]), Fusion.INTERLEAVED_UP_FIRST),
+    ],
+)
+def test_fused_layouts(function: Callable[[Tensor], Tensor], fusion: Fusion) -> None:
+    finding = probed(function, 2 * H)
+    assert (finding.fusion, finding.activation) == (fusion, "relu")
+
+
+@pytest.mark.parametrize("function", [lambda up: up.clamp(0, 6), lambda up: torch.relu(up) * 2, torch.sin, torch.erf])
+def test_near_namesakes_are_unknown(function: Callable[[Tensor], Tensor]) -> None:
+    assert probed(lambda up: function(up) + 0, H).activation == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("function", "widths", "message"),
+    [
+        (lambda up: up * up.mean(-1, keepdim=True), (H,), "hidden units interact"),
+        (lambda up: up.softmax(-1), (H,), "hidden units interact"),
+        (lambda up: up.cumsum(1), (H,), "tokens interact"),
+        (lambda up: up.flip(-1), (H,), "the hidden units are reordered"),
+        (lambda up: torch.relu(up) * 0, (H,), "reaches no hidden unit"),
+        (lambda both: torch.relu(both[..., :H]), (2 * H,), "reaches no hidden unit"),
+        (lambda a, b: torch.relu(a + b), (H, H), "neither plain nor gated"),
+        (lambda a, b, c: a * b * c, (H, H, H), "do not form a plain or gated FFN"),
+        (lambda up: up + 0, (H // 2,), r"widths \[12\] do not form"),
+    ],
+)
+def test_refuses(function: Callable[..., Tensor], widths: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ProbeError, match=message):
+        probed(function, *widths)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    probed(lambda up: torch.relu(up), H)
+    assert torch.equal(before, torch.get_rng_state())
