@@ -48,12 +48,13 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         ramp = self.state.global_step / max(self.state.max_steps, 1)
         extra = self.controller.eta * trace.efficiency_loss()
         extra = extra + self.lte.separability * ramp * trace.separability_loss()
-        extra = extra / self._accumulated_here()
+        extra = extra / self._own_division(kwargs.get("num_items_in_batch"))
         return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
 
-    def _accumulated_here(self) -> int:
-        """The Trainer divides the losses of models that do not count items; ours must match whichever it does."""
-        return int(self.current_gradient_accumulation_steps) if self.model_accepts_loss_kwargs else 1
+    def _own_division(self, num_items: object) -> int:
+        """The Trainer divides a step's losses by its micro-batches, unless the model did so by counting items."""
+        counted = self.model_accepts_loss_kwargs and num_items is not None
+        return int(self.current_gradient_accumulation_steps) if counted else 1
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the routers moved to a group of their own."""

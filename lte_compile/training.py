@@ -37,6 +37,8 @@ from lte_compile.train_config import Phase, TrainConfig, lte_phases
 # Batches the routers are fitted on: with 32 questions of about 12 tokens this is 6,000 tokens, ten per input component
 # of the small models measured here.
 FIT_BATCHES = 16
+# How much rarer densities are measured where nothing is steered: a measurement costs as much as a few steps.
+_REST = 5
 
 
 class Batches(Protocol):
@@ -238,7 +240,7 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
 
 
 def _report(run: _Run, phase: Phase, step: int, loss: float) -> None:
-    if phase.stage is not None and run.held_out and (step + 1) % run.config.measure_every == 0:
+    if _measures(run, phase, step):
         density = evaluate_routers(run.model, run.held_out).density()
         run.controller.latest = density
         if phase.trains_routers:
@@ -253,6 +255,14 @@ def _report(run: _Run, phase: Phase, step: int, loss: float) -> None:
     )
     run.events.append(event)
     run.on_step(event)
+
+
+def _measures(run: _Run, phase: Phase, step: int) -> bool:
+    """Often while routers train, to steer; rarely in stage 2, to show."""
+    if phase.stage is None or not run.held_out:
+        return False
+    every = run.config.measure_every if phase.trains_routers else _REST * run.config.measure_every
+    return (step + 1) % every == 0 or step + 1 == phase.steps
 
 
 def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:

@@ -99,6 +99,12 @@ def hint(size: int | torch.SymInt) -> int:
     return int(known) if isinstance(known, int) else -1
 
 
+def float_hint(value: torch.SymFloat) -> float:
+    """The number seen while tracing, which torch.compile(dynamic=True) made symbolic; NaN if there is none."""
+    known = getattr(value.node, "hint", None)
+    return float(known) if isinstance(known, int | float) else float("nan")
+
+
 def op_name(view: GraphView, node: fx.Node) -> str:
     """The op's bare name whatever the tracer wrote: aten.silu.default, F.silu, Tensor.silu and nn.SiLU are `silu`."""
     target = node.target

@@ -24,6 +24,7 @@ from lte_compile.passes.dataflow import (
     REGROUP_OPS,
     GraphView,
     fake_value,
+    float_hint,
     hint,
     op_name,
     shape_of,
@@ -109,6 +110,8 @@ class Runner:
         value, known = fake_value(node), known_constant(self.view, node)
         if known is not None:
             return known.double().cpu() if known.is_floating_point() else known.cpu()
+        if isinstance(value, torch.SymFloat):
+            return float_hint(value)
         if not isinstance(value, Tensor):
             return hint(value) if isinstance(value, (int, torch.SymInt)) else value
         shape = self._shape(node)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
+from lte_compile.passes.anchors import is_lte
 from lte_compile.passes.dataflow import GraphView, argument, is_tensor, op_name, shape_of
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.walk import tensor_behind
@@ -64,6 +65,8 @@ def mixes_tokens(view: GraphView, node: fx.Node) -> bool:
 
 def picks_tokens(view: GraphView, node: fx.Node) -> bool:
     """Takes some positions of an axis before the last: x[:, 0], select, gather, index."""
+    if is_lte(node):  # lte.select picks experts
+        return False
     name = op_name(view, node)
     if name == "getitem":
         source = node.args[0]

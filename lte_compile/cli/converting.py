@@ -65,7 +65,8 @@ def convert_model(settings: ConvertSettings) -> Outcome:
         tokenizer = load_tokenizer(path) if _has_tokenizer(path) else None
         with progress.working("saving"):
             save_pretrained(model, settings.out, tokenizer)
-    return _outcome(model, settings, before, difference)
+    scale = max(float(value.abs().max()) for value in dense)
+    return _outcome(model, settings, before, difference, scale)
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
@@ -111,7 +112,7 @@ def _has_tokenizer(path: Path) -> bool:
     return any((path / file).is_file() for file in TOKENIZER_FILES)  # a ViT has none
 
 
-def _outcome(model: nn.Module, settings: ConvertSettings, before: int, difference: float) -> Outcome:
+def _outcome(model: nn.Module, settings: ConvertSettings, before: int, difference: float, scale: float) -> Outcome:
     sites = sites_of(model)
     document = {
         "model": settings.model,
@@ -121,13 +122,14 @@ def _outcome(model: nn.Module, settings: ConvertSettings, before: int, differenc
         "parameters": before,
         "router_parameters": router_parameters(model),
         "max_abs_diff": difference,
+        "max_abs_output": scale,
     }
     facts = {
         "FFN sites": len(sites),
         "experts": f"{settings.config.expert_size} neurons each, {settings.config.grouping} grouping",
         "parameters": f"{before:,}",
         "added by routers": f"{router_parameters(model):,} ({router_parameters(model) / before:.2%})",
-        "largest difference to the dense model": f"{difference:.3g}",
+        "largest difference to the dense model": f"{difference:.3g} (outputs up to {scale:.3g})",
         "written to": settings.out,
     }
     return Outcome(document, [facts_table(f"{settings.model} converted", facts)])
