@@ -26,33 +26,42 @@ SeeFfn = Callable[[Tensor, Tensor], None]
 
 # Tokens kept per site for co-activation grouping: ten per neuron of the 1,536 of a small model (docs/grouping.md).
 MAX_ACTIVATION_TOKENS = 16_384
+# MiniLM on TREC, target .14 for every layer: one round gives .087 over unseen questions (.139 in the first layer, .041
+# in the last) and 80.9 % before training; two give .145 and 84.6 %; a third and fitting layer by layer change nothing.
+FIT_ROUNDS = 2
 # Resolution of the calibrated score distribution: half a percent of density, well under its sampling noise.
 NUM_QUANTILES = 201
 
 
-def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float) -> nn.Module:
+def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, rounds: int = FIT_ROUNDS) -> nn.Module:
     """Set every router by ridge regression on data, so that `density` of its (token, expert) pairs is selected.
 
     Each router then predicts which experts matter (log of the energy they add to the output) before any training;
-    of the starts that were measured it is the one that keeps its density (docs/training.md). The dense function is
-    run once over `batches`; the model's stage is left as it was. Returns the model.
+    of the starts that were measured it is the one that keeps its density (docs/training.md). The first round sees
+    inputs of the dense model; each further one those of the model with the routers so far, because layers above sparse
+    ones see other inputs. The model's stage is left as it was. Returns the model.
 
     Args:
         batches: keyword arguments for the model; padding is read from `attention_mask`. A few thousand tokens suffice.
         density: target share of active neurons in the hard stage, in (0, 1), for every site.
 
     Raises:
-        ValueError: no routers, routers without a bias, density out of range, no batch, or non-finite activations.
+        ValueError: no routers, routers without a bias, density or rounds out of range, no batch, or non-finite
+            activations.
     """
     found = require_routers(model)
     if missing := [r.site.name for r in found if r.bias is None]:
         raise ValueError(f"fitted routers need a bias; transform with router_bias=True (site {missing[0]} has none)")
-    fits = {r: _ridge_fit(model, r) for r in found}
-    with in_stage(model, Stage.DENSE):
-        _run(model, batches, {r.site: fits[r].update for r in found})
-    for router, fit in fits.items():
-        router.threshold = router.config.threshold
-        router.load_initial(*fit.solve(density, threshold=router.threshold))
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
+    batches = list(batches)
+    for number in range(rounds):
+        fits = {r: _ridge_fit(model, r) for r in found}
+        with in_stage(model, Stage.HARD if number else Stage.DENSE):
+            _run(model, batches, {r.site: fits[r].update for r in found})
+        for router, fit in fits.items():
+            router.threshold = router.config.threshold
+            router.load_initial(*fit.solve(density, threshold=router.threshold))
     return model
 
 

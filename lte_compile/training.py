@@ -231,7 +231,7 @@ def _step(run: _Run, phase: Phase, optimizer: Optimizer, step: int) -> float:
 
 
 def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
-    distillation = run.config.distillation if phase.stage is not None else 0.0
+    distillation = run.config.distillation if run.teacher is not None else 0.0
     if not phase.trains_routers:
         return LossWeights(distillation=distillation)
     ramp = (step + 1) / phase.steps

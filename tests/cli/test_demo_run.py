@@ -22,8 +22,7 @@ def test_the_whole_chain(bert: Path, labelled: Path, tmp_path: Path) -> None:
         finetune_steps=150,
         stage1_steps=30,
         stage2_steps=10,
-        finetune_rate=3e-3,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         expert_size=8,
     )
     events: list[StepEvent] = []
