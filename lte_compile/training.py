@@ -34,9 +34,9 @@ from lte_compile.modes import on_device
 from lte_compile.routing import require_routers, routers, set_stage
 from lte_compile.train_config import Phase, TrainConfig, lte_phases
 
-# Batches the routers are fitted on: with 32 questions of about 12 tokens this is 6,000 tokens, ten per input component
-# of the small models measured here.
-FIT_BATCHES = 16
+# Batches the routers are fitted on: with 32 questions of about 12 tokens this is 12,000 tokens, thirty per input
+# component of the smallest model measured here.
+FIT_BATCHES = 32
 # How much rarer densities are measured where nothing is steered: a measurement costs as much as a few steps.
 _REST = 5
 
@@ -166,7 +166,7 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
         model.train()
         return
     if fresh and phase.trains_routers and config.fit_router:
-        fit_routers(model, _peek(run.batches, FIT_BATCHES), config.target_density)
+        fit_routers(model, peek_batches(run.batches, FIT_BATCHES), config.target_density)
     if fresh and phase.stage is Stage.HARD and phase.selection is None and run.held_out:
         calibrate(model, run.held_out)
         set_density(model, config.target_density)
@@ -176,7 +176,7 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
     model.train()
 
 
-def _peek(batches: Batches, count: int) -> list[Batch]:
+def peek_batches(batches: Batches, count: int) -> list[Batch]:
     """The next batches, without moving on. Labels are left out: routers are fitted to inputs."""
     position = batches.state_dict()
     seen: list[Batch] = [{k: v for k, v in batches.next_batch().items() if k != "labels"} for _ in range(count)]

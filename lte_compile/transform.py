@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lte_compile.attach import attach_routers, host_modules
+from lte_compile.calibration import down_norms
 from lte_compile.capture import Inputs, as_call
 from lte_compile.config import TransformConfig
 from lte_compile.grouping import GroupingRequest, group_neurons
@@ -121,7 +122,7 @@ def _plan_site(
             weights_FD=rows_FD,
             expert_size=config.expert_size,
             seed=config.seed,
-            activations_NF=activations.get(site.name),
+            activations_NF=_contributions(model, site, activations.get(site.name)),
             name=site.name or "the model's FFN",
         )
     )
@@ -130,3 +131,10 @@ def _plan_site(
     router.load_initial(weight_ED, bias_E)
     router.train(model.training)
     return _PlannedSite(site, order_F, router)
+
+
+def _contributions(model: nn.Module, site: FfnSite, hidden_NF: Tensor | None) -> Tensor | None:
+    """Hidden values weighted by their down-projection vectors: what reaches the output (docs/grouping.md)."""
+    if hidden_NF is None or hidden_NF.shape[-1:] != (site.hidden,):  # group_neurons says what is wrong with it
+        return hidden_NF
+    return hidden_NF * down_norms(model, site).to(hidden_NF.device)
