@@ -43,16 +43,28 @@ def batches(name: str = "bert", count: int = 8) -> list[dict[str, Any]]:
     return [batch() for _ in range(count)]
 
 
+def test_one_round_fits_routers_to_the_dense_model() -> None:
+    model, _ = routed("llama")
+    data = batches("llama")
+    fit_routers(model, data, 0.5, rounds=1)
+    with torch.no_grad(), trace_routers(model) as trace:
+        for batch in data:
+            model(**batch)
+    for site, router in zip(trace.sites, routers(model), strict=True):
+        assert (trace.scores(site) > router.threshold).double().mean().item() == pytest.approx(0.5, abs=CLOSE)
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        fit_routers(model, data, 0.5, rounds=0)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "opt"])
 @pytest.mark.parametrize("density", [0.25, 0.7])
 def test_fitted_routers_select_the_share_asked_for(name: str, density: float) -> None:
     model, _ = routed(name)
     data = batches(name)
     before = {key: value.clone() for key, value in model.state_dict().items() if "router" not in key}
-    assert fit_routers(model, data, density) is model
-    with torch.no_grad(), trace_routers(model) as trace:  # the dense function's inputs: what they were fitted to
-        for batch in data:
-            model(**batch)
+    # One round per layer and one more: a layer's inputs settle once those below it have.
+    assert fit_routers(model, data, density, rounds=3) is model
+    trace = evaluate_routers(model, data)
     for site, router in zip(trace.sites, routers(model), strict=True):
         selected = (trace.scores(site) > router.threshold).double().mean().item()
         assert selected == pytest.approx(density, abs=CLOSE)
