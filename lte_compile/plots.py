@@ -45,7 +45,7 @@ def quality_plot(result: RunResult) -> bytes:
         for row in rows:
             if row.kind in (RowKind.DENSE, RowKind.FFN_FREE):
                 _level(axes, result, row)
-        _curve(axes, result, [row for row in rows if row.kind is RowKind.ORACLE], ORANGE, "s--", "Oracle experts")
+        _curve(axes, result, [row for row in rows if row.kind is RowKind.ORACLE], ORANGE, "s--", "Oracle neurons")
         _curve(axes, result, [row for row in rows if row.kind is RowKind.LTE], BLUE, "o-", "LTE")
         _label_points(axes, result, [row for row in rows if row.kind is RowKind.LTE])
         axes.set_xlabel("Density: active experts (%)")

@@ -49,7 +49,7 @@ def result_rows(result: RunResult) -> tuple[ResultRow, ...]:
         )
         for row in result.budgets
     ]
-    oracle = [ResultRow(RowKind.ORACLE, "Oracle experts", point.density, point.quality) for point in result.oracle]
+    oracle = [ResultRow(RowKind.ORACLE, "Oracle neurons", point.density, point.quality) for point in result.oracle]
     control = ResultRow(RowKind.FFN_FREE, "Without FFNs", 0.0, result.ffn_free_quality)
     return (dense, *budgets, *oracle, control)
 

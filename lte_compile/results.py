@@ -59,7 +59,7 @@ class BudgetRow:
 
 @dataclass(frozen=True, kw_only=True)
 class OraclePoint:
-    """Quality when the experts of the largest contribution are chosen with hindsight, at one density."""
+    """Quality when each token keeps its neurons of largest |activation|, chosen with hindsight, at one density."""
 
     density: float
     quality: float

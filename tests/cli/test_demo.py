@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_demo_shows_the_final_table_and_where_the_report_is(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
     result = run("demo", "--out", tmp_path / "x", "--quick")
     assert result.exit_code == 0, result.stderr
-    for part in ("Oracle experts", "Without FFNs", "model.onnx", "22,713,216", str(tmp_path / "x" / "report.html")):
+    for part in ("Oracle neurons", "Without FFNs", "model.onnx", "22,713,216", str(tmp_path / "x" / "report.html")):
         assert part in result.stdout
     assert asked["config"] == DemoConfig.quick()
     assert callable(asked["on_step"])
