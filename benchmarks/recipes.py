@@ -1,6 +1,6 @@
 """LTE training recipes on MiniLM and a labelled task, several seeds each, beside the oracle and the FFN-free control.
 
-    python -m benchmarks.recipes --recipes demo soft --seeds 0 1 2 --workers 4 --output benchmarks/results/recipes.json
+    python -m benchmarks.recipes --recipes longest soft --seeds 0 1 2 --workers 4 --output recipes.json
 
 One process per run; on a GPU about a minute each with a dozen side by side. A row holds test accuracies (dense, LTE at
 its trained threshold, LTE at every budget of the density knob, oracle, control) and the measured densities.
@@ -62,7 +62,7 @@ RECIPES = {
     "router rate 1e-3": Recipe(train={"router_learning_rate": 1e-3}),
     "experts of 16": Recipe(expert_size=16),
     "longer": Recipe(density=0.13, stage1_steps=405, train={"learning_rate": 2e-4}),
-    "demo": Recipe(density=0.14, expert_size=16, stage1_steps=405, stage2_steps=270, train={"learning_rate": 2e-4}),
+    "longest": Recipe(density=0.14, expert_size=16, stage1_steps=405, stage2_steps=270, train={"learning_rate": 2e-4}),
 }
 
 
