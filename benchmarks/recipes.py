@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,18 +25,19 @@ from rich.console import Console
 from torch import nn
 
 from lte_compile.baselines import oracle_selection, remove_ffns
-from lte_compile.calibration import set_density
-from lte_compile.config import Stage, TransformConfig
+from lte_compile.calibration import collect_activations, set_density
+from lte_compile.config import Grouping, Stage, TransformConfig
 from lte_compile.data.batches import TextBatches, classification_batches, encode_rows, evaluation_batches
 from lte_compile.data.models import resolve_model
 from lte_compile.data.tasks import load_task
 from lte_compile.evaluation import evaluate, sites_of
+from lte_compile.inspection import inspect
 from lte_compile.loading import load_classifier
 from lte_compile.losses import Batch
 from lte_compile.results import write_atomically
 from lte_compile.routing import set_stage
 from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import train
+from lte_compile.training import FIT_BATCHES, peek_batches, train
 from lte_compile.transform import transform
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -52,9 +53,26 @@ class Recipe:
     finetune_steps: int = 270
     stage1_steps: int = 270
     stage2_steps: int = 135
+    grouping: Grouping = Grouping.BALANCED_KMEANS
     train: dict[str, Any] = field(default_factory=dict)
 
 
+COACTIVATION = Recipe(
+    density=0.145,
+    expert_size=16,
+    grouping=Grouping.COACTIVATION,
+    stage1_steps=405,
+    stage2_steps=270,
+    train={"learning_rate": 2e-4},
+)
+CHANGES: dict[str, dict[str, Any]] = {
+    "co-activation": {},
+    "co-activation, distillation .5": {"train": {"learning_rate": 2e-4, "distillation": 0.5}},
+    "co-activation, 540 + 270": {"stage1_steps": 540},
+    "co-activation, experts of 8": {"expert_size": 8},
+    "co-activation, rate 1e-4, distillation .5": {"train": {"distillation": 0.5}},
+    "co-activation, rate 3e-4": {"train": {"learning_rate": 3e-4}},
+}
 RECIPES = {
     "plain": Recipe(),
     "distillation": Recipe(density=0.13, train={"distillation": 0.5}),
@@ -63,6 +81,7 @@ RECIPES = {
     "experts of 16": Recipe(expert_size=16),
     "longer": Recipe(density=0.13, stage1_steps=405, train={"learning_rate": 2e-4}),
     "longest": Recipe(density=0.14, expert_size=16, stage1_steps=405, stage2_steps=270, train={"learning_rate": 2e-4}),
+    **{name: replace(COACTIVATION, **changes) for name, changes in CHANGES.items()},
 }
 
 
@@ -73,7 +92,7 @@ class Data:
     test: list[Batch]
 
 
-def run_recipe(name: str, seed: int, task_name: str) -> dict[str, Any]:
+def run_recipe(name: str, seed: int, task_name: str, control: bool = True) -> dict[str, Any]:
     """One training run, with the control trained for as many steps."""
     torch.set_num_threads(1)
     recipe, device = RECIPES[name], "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,12 +115,23 @@ def run_recipe(name: str, seed: int, task_name: str) -> dict[str, Any]:
     fine_tune = TrainConfig(target_density=recipe.density, stage1_steps=0, stage2_steps=0, seed=seed)
     train(model, data.batches, fine_tune, phases=[Phase(name="fine-tune", steps=recipe.finetune_steps)])
     dense = copy.deepcopy(model)
-    example = {k: v.to(device) for k, v in data.valid[0].items() if k != "labels"}
-    transform(model, TransformConfig(expert_size=recipe.expert_size, seed=seed), example)
+    _transform(model, data, recipe, seed)
     teacher = copy.deepcopy(dense) if config.distillation else None
     train(model, data.batches, config, held_out=data.valid[:4], teacher=teacher)
     set_stage(model, Stage.HARD)
-    return {"recipe": name, "seed": seed, **_measured(model, dense, data), **_control(model, dense, data, config)}
+    row = {"recipe": name, "seed": seed, **_measured(model, dense, data)}
+    return row | _control(model, dense, data, config) if control else row
+
+
+def _transform(model: nn.Module, data: Data, recipe: Recipe, seed: int) -> None:
+    device = next(model.parameters()).device
+    example = {k: v.to(device) for k, v in data.valid[0].items() if k != "labels"}
+    config = TransformConfig(expert_size=recipe.expert_size, grouping=recipe.grouping, seed=seed)
+    activations = None
+    if recipe.grouping is Grouping.COACTIVATION:
+        seen = peek_batches(data.batches, FIT_BATCHES)
+        activations = collect_activations(model, inspect(model, example).sites, seen)
+    transform(model, config, example, activations=activations)
 
 
 def _measured(model: nn.Module, dense: nn.Module, data: Data) -> dict[str, Any]:
@@ -109,6 +139,8 @@ def _measured(model: nn.Module, dense: nn.Module, data: Data) -> dict[str, Any]:
     row: dict[str, Any] = {
         "dense": evaluate(dense, data.test).accuracy,
         "lte": trained.accuracy,
+        "dense_valid": evaluate(dense, data.valid).accuracy,
+        "lte_valid": evaluate(model, data.valid).accuracy,
         "density": trained.density,
         "budgets": [],
         "oracle": [],
@@ -129,9 +161,11 @@ def _control(model: nn.Module, dense: nn.Module, data: Data, config: TrainConfig
     return {"control": evaluate(control, data.test).accuracy}
 
 
-def run_all(names: Sequence[str], seeds: Sequence[int], task: str, workers: int) -> Iterator[dict[str, Any]]:
+def run_all(
+    names: Sequence[str], seeds: Sequence[int], task: str, workers: int, control: bool
+) -> Iterator[dict[str, Any]]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_recipe, name, seed, task) for name, seed in product(names, seeds)]
+        futures = [pool.submit(run_recipe, name, seed, task, control) for name, seed in product(names, seeds)]
         for future in as_completed(futures):
             yield future.result()
 
@@ -142,10 +176,11 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--task", default="trec")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     console, rows = Console(), []
-    for row in run_all(options.recipes, options.seeds, options.task, options.workers):
+    for row in run_all(options.recipes, options.seeds, options.task, options.workers, options.control):
         rows.append(row)
         console.print_json(json.dumps(row))
         if options.output:
