@@ -72,6 +72,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "co-activation, experts of 8": {"expert_size": 8},
     "co-activation, rate 1e-4, distillation .5": {"train": {"distillation": 0.5}},
     "co-activation, rate 3e-4": {"train": {"learning_rate": 3e-4}},
+    "demo": {"expert_size": 8, "density": 0.137},
+    "demo, distillation .5": {
+        "expert_size": 8,
+        "density": 0.137,
+        "train": {"learning_rate": 2e-4, "distillation": 0.5},
+    },
+    "demo, experts of 4": {"expert_size": 4, "density": 0.137},
+    "demo, rate 1.5e-4": {"expert_size": 8, "density": 0.137, "train": {"learning_rate": 1.5e-4}},
+    "demo, density .1": {"expert_size": 8, "density": 0.1},
 }
 RECIPES = {
     "plain": Recipe(),

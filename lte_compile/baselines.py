@@ -65,7 +65,7 @@ def oracle_selection(model: nn.Module, sites: Sequence[FfnSite], density: float)
     def keep_largest(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_TF = args[0]
         kept = max(1, round(density * hidden_TF.shape[-1]))
-        smallest_T1 = hidden_TF.abs().topk(kept, dim=-1).values[..., -1:]
+        smallest_T1 = hidden_TF.abs().topk(kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return (hidden_TF * (hidden_TF.abs() >= smallest_T1), *args[1:])
 
     with ExitStack() as stack:
