@@ -113,8 +113,13 @@ def measured_density(layers: list[SparseFfnCall]) -> float:
     return float(torch.stack([active_experts(layer).float().mean() for layer in layers]).mean())
 
 
-def time_graph(run: Callable[[SparseFfnCall], Tensor], layers: list[SparseFfnCall], repeats: int) -> float:
-    """Median microseconds a layer."""
+def time_graph(
+    run: Callable[[SparseFfnCall], Tensor],
+    layers: list[SparseFfnCall],
+    repeats: int,
+    redraw: Callable[[list[SparseFfnCall]], None] = redraw,
+) -> float:
+    """Median microseconds a layer; `redraw` gives the layers new inputs before every replay."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

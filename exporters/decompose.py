@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from lte_compile.kernels.expert_ffn import expert_ffn_reference
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.gate_hidden import gate_hidden_reference
+from lte_compile.kernels.program import is_program
 from lte_compile.kernels.route import route_reference
 from lte_compile.kernels.selection import select_reference
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
@@ -32,9 +33,11 @@ NODE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not_a_node(
-    x: Tensor, w_router: Tensor, b_router: Tensor | None, w_up: Tensor, expert_offsets: Tensor | None
+    x: Tensor, w_router: Tensor, b_router: Tensor | None, w_up: Tensor, activation: str, expert_offsets: Tensor | None
 ) -> str | None:
     """Why a `lte::sparse_ffn` call cannot be one `SparseFFN` node, or None when it can."""
+    if is_program(activation):
+        return "its hidden region is a program, and SparseFFN knows named activations only"
     if expert_offsets is not None:
         return "experts of unequal sizes have no ONNX operator"
     if x.dtype not in NODE_DTYPES:
@@ -59,12 +62,14 @@ def _sparse_ffn(
     expert_size: int,
     tau: float,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Any:
-    if why_not_a_node(x, w_router, b_router, w_up, expert_offsets) is None:
+    if why_not_a_node(x, w_router, b_router, w_up, activation, expert_offsets) is None:
         return NotImplemented  # torch's way to say: keep the op
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
+    given = tuple(constants or ())
     return sparse_ffn_reference(
-        SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets)
+        SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, given)
     )
 
 
@@ -80,9 +85,10 @@ def _expert_ffn(
     activation: str,
     expert_size: int,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
-    return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets)
+    return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets, constants or ())
 
 
 def _gate_hidden(hidden: Tensor, gates: Tensor, expert_size: int, expert_offsets: Tensor | None = None) -> Tensor:
@@ -129,11 +135,14 @@ def find_masked_dense(
     return tuple(found)
 
 
+_NODE_ARGUMENTS = ("x", "w_router", "b_router", "w_up", "activation", "expert_offsets")
+
+
 def _why_masked(node: fx.Node) -> str | None:
     """Why `node` is a routed FFN without an operator of its own; None for every other node."""
     if is_lte(node, "sparse_ffn"):
         given = {name: _value(argument) for name, argument in arguments(node).items()}
-        return why_not_a_node(*(given[name] for name in ("x", "w_router", "b_router", "w_up", "expert_offsets")))
+        return why_not_a_node(*(given[name] for name in _NODE_ARGUMENTS))
     if not is_lte(node, "expert_ffn", "gate_hidden"):
         return None
     select = computed_value(arguments(node)["gates"])

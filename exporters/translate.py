@@ -36,6 +36,7 @@ def _sparse_ffn(
     expert_size: int,
     tau: float,
     expert_offsets: Any = None,  # decompose.to_standard_ops left no node that has them
+    constants: Any = None,  # likewise
 ) -> Any:
     lte = values.Opset(schema.DOMAIN, schema.VERSION)
     w_down_FD = op.Transpose(w_down, perm=[1, 0])  # nn.Linear keeps [D, F]; nodes.bake_weights folds this away

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The two Triton kernels of one-token decode; lte_compile.kernels.triton_decode says how they work together.
 
+ACTIVATION is a name, or (IS_PROGRAM) the function generated from a region program, which loads its `constants` itself.
+
 Shape suffixes: D model width, F neurons, E experts, R rows (neurons) of one program, B columns of one step.
 Interpretable (no grid barriers, no inline assembly; everything is upcast before it is added), Triton 3.6 and later.
 """
@@ -50,14 +52,18 @@ def route_up(
     gate_ptr,
     up_bias_ptr,
     gate_bias_ptr,
+    constants,
     hidden_ptr,
     active_ptr,
     arrived_ptr,
     tau,
     F,
     D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,  # from one neuron to the next in up and gate: 2 D in a projection of interleaved halves
+    BIAS_STRIDE: tl.constexpr,
     EXPERT_SIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    IS_PROGRAM: tl.constexpr,
     COUNTERS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,7 +99,7 @@ def route_up(
         for start in tl.range(0, D, BLOCK, num_stages=STAGES):
             column_B = start + columns_B
             x_1B = tl.load(x_ptr + column_B, mask=column_B < D, other=0.0).to(tl.float32)[None, :]
-            offset_RB = neuron_R[:, None].to(tl.int64) * D + column_B[None, :]
+            offset_RB = neuron_R[:, None].to(tl.int64) * ROW_STRIDE + column_B[None, :]
             mask_RB = exists_R[:, None] & (column_B < D)[None, :]
             up_RB += x_1B * tl.load(up_ptr + offset_RB, mask=mask_RB, other=0.0, eviction_policy="evict_first").to(
                 tl.float32
@@ -104,11 +110,15 @@ def route_up(
                 ).to(tl.float32)
         up_R = tl.sum(up_RB, 1)
         if up_bias_ptr is not None:
-            up_R += tl.load(up_bias_ptr + neuron_R, mask=exists_R, other=0.0).to(tl.float32)
+            up_R += tl.load(up_bias_ptr + neuron_R * BIAS_STRIDE, mask=exists_R, other=0.0).to(tl.float32)
+        gate_R = up_R
         if gate_ptr is not None:
             gate_R = tl.sum(gate_RB, 1)
             if gate_bias_ptr is not None:
-                gate_R += tl.load(gate_bias_ptr + neuron_R, mask=exists_R, other=0.0).to(tl.float32)
+                gate_R += tl.load(gate_bias_ptr + neuron_R * BIAS_STRIDE, mask=exists_R, other=0.0).to(tl.float32)
+        if IS_PROGRAM:
+            hidden_R = ACTIVATION(up_R, gate_R, constants, neuron_R, exists_R)
+        elif gate_ptr is not None:
             hidden_R = activate(gate_R, ACTIVATION) * up_R
         else:
             hidden_R = activate(up_R, ACTIVATION)

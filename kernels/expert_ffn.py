@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lte_compile.kernels.activations import find_activation
 from lte_compile.kernels.autocast import register_autocast
 from lte_compile.kernels.experts import check_experts, check_offsets, scale_by_gates, sum_per_expert
 from lte_compile.kernels.ffn import FfnWeights, check_ffn, hidden_value, project_down
+from lte_compile.kernels.hidden import HiddenGradients, hidden_gradients, hidden_of
 
 WEIGHT_NAMES = frozenset({"w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down"})
 
@@ -28,16 +28,23 @@ def expert_ffn_reference(
     activation: str,
     expert_size: int,
     offsets_E1: Tensor | None = None,
+    constants: Sequence[Tensor] = (),
 ) -> Tensor:
     """y [..., D] of x [..., D] and gates [..., E]; plain torch, differentiable."""
-    hidden_F = hidden_value(x_D, weights, activation)
+    hidden_F = hidden_value(x_D, weights, activation, constants)
     return project_down(scale_by_gates(hidden_F, gates_E, expert_size, offsets_E1), weights)
 
 
 def _check(
-    x: Tensor, gates: Tensor, weights: FfnWeights, activation: str, expert_size: int, offsets: Tensor | None
+    x: Tensor,
+    gates: Tensor,
+    weights: FfnWeights,
+    activation: str,
+    constants: Sequence[Tensor],
+    expert_size: int,
+    offsets: Tensor | None,
 ) -> None:
-    check_ffn(x, weights, activation)
+    check_ffn(x, weights, activation, constants)
     if x.dtype != weights.up_FD.dtype:
         raise ValueError(f"x is {x.dtype} and the weights {weights.up_FD.dtype}; cast one of them")
     if gates.ndim != x.ndim or not gates.is_floating_point():
@@ -48,7 +55,13 @@ def _check(
     check_experts(weights.up_FD.shape[0], gates.shape[-1], expert_size, offsets)
 
 
-@torch.library.custom_op("lte::expert_ffn", mutates_args=())
+# `activation` is a name of ACTIVATIONS, or a region program (kernels/program.py) that reads `constants`.
+@torch.library.custom_op(
+    "lte::expert_ffn",
+    mutates_args=(),
+    schema="(Tensor x, Tensor gates, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_up, Tensor? b_gate, "
+    "Tensor? b_down, str activation, int expert_size, Tensor? expert_offsets=None, Tensor[]? constants=None) -> Tensor",
+)
 def expert_ffn(
     x: Tensor,
     gates: Tensor,
@@ -61,13 +74,14 @@ def expert_ffn(
     activation: str,
     expert_size: int,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
-    _check(x, gates, weights, activation, expert_size, expert_offsets)
+    _check(x, gates, weights, activation, constants or (), expert_size, expert_offsets)
     if gates.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"gates {list(gates.shape)} and x {list(x.shape)} need the same leading dimensions")
     check_offsets(expert_offsets, w_up.shape[0])
-    return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets)
+    return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets, constants or ())
 
 
 @expert_ffn.register_fake
@@ -83,9 +97,10 @@ def _(
     activation: str,
     expert_size: int,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
-    _check(x, gates, weights, activation, expert_size, expert_offsets)
+    _check(x, gates, weights, activation, constants or (), expert_size, expert_offsets)
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
@@ -103,16 +118,17 @@ def expert_ffn_backward(
     activation: str,
     expert_size: int,
     expert_offsets: Tensor | None,
+    constants: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of (x, gates, w_up, ... b_down), those that `wanted` marks. Hidden values are computed anew."""
+    """Gradients of (x, gates, w_up, ... b_down, *constants), those `wanted` marks. Hidden values are computed anew."""
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     x_TD, gates_TE, grad_TD = (t.reshape(-1, t.shape[-1]) for t in (x, gates, grad))
-    want = dict(zip(("x", "gates", "up", "gate", "down", "up_bias", "gate_bias", "down_bias"), wanted, strict=True))
+    names = (*_DIFFERENTIABLE, *(f"constant {i}" for i in range(len(constants))))
+    want = dict(zip(names, wanted, strict=True))
     up_TF = F.linear(x_TD, w_up, b_up)
     gate_TF = None if w_gate is None else F.linear(x_TD, w_gate, b_gate)
-    act = find_activation(activation)
-    hidden_TF = act.apply(up_TF) if gate_TF is None else act.apply(gate_TF) * up_TF
+    hidden_TF = hidden_of(activation, constants, up_TF, gate_TF)
     grads: dict[str, Tensor] = {}
     if want["down"]:
         gated_TF = scale_by_gates(hidden_TF, gates_TE, expert_size, expert_offsets)
@@ -125,30 +141,24 @@ def expert_ffn_backward(
         sums_TE = sum_per_expert(products_TF, gates.shape[-1], expert_size, expert_offsets)
         grads["gates"] = sums_TE.to(gates.dtype).reshape(gates.shape)
     grad_hidden_TF = scale_by_gates(grad_gated_TF, gates_TE, expert_size, expert_offsets)
-    _projection_grads(grads, want, x_TD, weights, activation, up_TF, gate_TF, grad_hidden_TF)
+    of_hidden = hidden_gradients(activation, constants, grad_hidden_TF, up_TF, gate_TF)
+    _projection_grads(grads, want, x_TD, weights, of_hidden)
+    grads |= {f"constant {i}": gradient for i, gradient in enumerate(of_hidden.constants)}
     if want["x"]:
         grads["x"] = grads["x"].reshape(x.shape)
     return [grads[name] for name, is_wanted in want.items() if is_wanted]
 
 
+_DIFFERENTIABLE = ("x", "gates", "up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+
+
 def _projection_grads(
-    grads: dict[str, Tensor],
-    want: dict[str, bool],
-    x_TD: Tensor,
-    weights: FfnWeights,
-    activation: str,
-    up_TF: Tensor,
-    gate_TF: Tensor | None,
-    grad_hidden_TF: Tensor,
+    grads: dict[str, Tensor], want: dict[str, bool], x_TD: Tensor, weights: FfnWeights, of_hidden: HiddenGradients
 ) -> None:
     """Adds the gradients of x and of the projections into the hidden value."""
-    act = find_activation(activation)
-    sides: list[tuple[str, Tensor, Tensor]] = []
-    if gate_TF is None or weights.gate_FD is None:
-        sides.append(("up", weights.up_FD, act.backward(grad_hidden_TF, up_TF)))
-    else:
-        sides.append(("up", weights.up_FD, grad_hidden_TF * act.apply(gate_TF)))
-        sides.append(("gate", weights.gate_FD, act.backward(grad_hidden_TF * up_TF, gate_TF)))
+    sides = [("up", weights.up_FD, of_hidden.up_F)]
+    if weights.gate_FD is not None and of_hidden.gate_F is not None:
+        sides.append(("gate", weights.gate_FD, of_hidden.gate_F))
     for name, weight_FD, grad_TF in sides:
         if want[name]:
             grads[name] = grad_TF.t() @ x_TD
@@ -173,23 +183,38 @@ def _(
     activation: str,
     expert_size: int,
     expert_offsets: Tensor | None,
+    constants: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = (x, gates, w_up, w_gate, w_down, b_up, b_gate, b_down)
+    inputs = (x, gates, w_up, w_gate, w_down, b_up, b_gate, b_down, *constants)
     return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation, ctx.expert_size, offsets = inputs
-    ctx.save_for_backward(*tensors, offsets)
+    *tensors, ctx.activation, ctx.expert_size, offsets, constants = inputs
+    ctx.save_for_backward(*tensors, offsets, *(constants or ()))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, offsets = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[: len(tensors)])
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    count = len(_DIFFERENTIABLE)
+    tensors, offsets, constants = ctx.saved_tensors[:count], ctx.saved_tensors[count], ctx.saved_tensors[count + 1 :]
+    wants, wants_constants = list(ctx.needs_input_grad[:count]), wants_of_constants(ctx, constants)
     call = torch.ops.lte.expert_ffn_backward
-    grads = iter(call(grad, *tensors, ctx.activation, ctx.expert_size, offsets, wanted))
-    return *(next(grads) if want else None for want in wanted), None, None, None
+    wanted = [*wants, *wants_constants]
+    grads = iter(call(grad, *tensors, ctx.activation, ctx.expert_size, offsets, list(constants), wanted))
+    of_tensors = [next(grads) if want else None for want in wants]
+    of_constants = [next(grads) if want else None for want in wants_constants]
+    return as_many_as_given(ctx, (*of_tensors, None, None, None, of_constants))
+
+
+def as_many_as_given(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher drops arguments that equal their defaults, and wants no gradients for those."""
+    return grads[: len(ctx.needs_input_grad)]
+
+
+def wants_of_constants(ctx: Any, constants: Sequence[Tensor]) -> list[bool]:
+    """Which of an op's last argument, a list of tensors or None, want gradients."""
+    return list(ctx.needs_input_grad[-1]) if constants else []
 
 
 expert_ffn.register_autograd(_backward, setup_context=_setup_context)

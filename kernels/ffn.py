@@ -5,16 +5,17 @@ Shape suffixes: D model width, F neurons; any leading dimensions come before the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from lte_compile.kernels.activations import find_activation
+from lte_compile.kernels.hidden import check_hidden, hidden_of
 
 
 class FfnWeights(NamedTuple):
-    """One FFN in nn.Linear orientation. Gated (`gate` given): act(x gate^T) * (x up^T); plain: act(x up^T).
+    """One FFN in nn.Linear orientation; gated where `gate` is given. kernels.hidden says what lies between them.
 
     The order is that of the ops' arguments.
     """
@@ -27,10 +28,13 @@ class FfnWeights(NamedTuple):
     down_bias_D: Tensor | None
 
 
-def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str) -> None:
-    """ValueError unless x, the weights and the biases fit one another and share one floating dtype."""
-    find_activation(activation)
+def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequence[Tensor]) -> None:
+    """ValueError unless x, weights, biases and hidden function fit one another and share one floating dtype.
+
+    The hidden function's constants may be of any floating dtype.
+    """
     up, gate, down, up_bias, gate_bias, down_bias = weights
+    check_hidden(activation, constants, up.shape[0] if up.ndim else 0, gated=gate is not None)
     if x_D.ndim < 1 or up.ndim != 2 or up.shape[1] != x_D.shape[-1]:
         raise ValueError(
             f"w_up must be [neurons, width] for x [..., width]; got {list(up.shape)} and {list(x_D.shape)}"
@@ -53,13 +57,11 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
 
 
-def hidden_value(x_D: Tensor, weights: FfnWeights, activation: str) -> Tensor:
+def hidden_value(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequence[Tensor]) -> Tensor:
     """The value [..., F] that the down-projection reads, before any gate."""
-    act = find_activation(activation).apply
     up_F = F.linear(x_D, weights.up_FD, weights.up_bias_F)
-    if weights.gate_FD is None:
-        return act(up_F)
-    return act(F.linear(x_D, weights.gate_FD, weights.gate_bias_F)) * up_F
+    gate_F = None if weights.gate_FD is None else F.linear(x_D, weights.gate_FD, weights.gate_bias_F)
+    return hidden_of(activation, constants, up_F, gate_F)
 
 
 def project_down(hidden_F: Tensor, weights: FfnWeights) -> Tensor:

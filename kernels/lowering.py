@@ -22,9 +22,11 @@ from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_r
 SPARSE_FFN = "lte::sparse_ffn"
 # Beyond this the union of the tokens' experts is nearly every expert, and finding it costs more than it saves.
 MAX_CPU_TOKENS = 4
-# Every program of the second launch lists the active experts itself, from one flag each, in registers.
-MAX_DECODE_EXPERTS = 2048
-DECODE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Every program of the last launch lists the active experts itself, from one flag each, in registers.
+MAX_LISTED_EXPERTS = 2048
+# All tokens' sums stay in a program's registers; beyond this a matrix product is no longer limited by reading weights.
+MAX_BATCH_TOKENS = 64
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Request(NamedTuple):
@@ -43,6 +45,8 @@ class Request(NamedTuple):
     unequal_experts: bool
     down_is_neuron_major: bool
     contiguous: bool
+    constants_elsewhere: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,29 @@ def _refuse_cpu(request: Request) -> str | None:
 
 
 def _refuse_decode(request: Request) -> str | None:
+    if request.tokens != 1:
+        return f"serves one token; got {request.tokens}"
+    return _refuse_triton(request)
+
+
+def _refuse_batch(request: Request) -> str | None:
+    if not 2 <= request.tokens <= MAX_BATCH_TOKENS:
+        return f"serves 2 to {MAX_BATCH_TOKENS} tokens; got {request.tokens}"
+    if request.interleaved:
+        return "up and gate must be contiguous; they are every other row of one projection"
+    return _refuse_triton(request)
+
+
+def _refuse_triton(request: Request) -> str | None:
     checks = (
         (request.device != "cuda", f"needs a CUDA device; x is on {request.device}"),
         (not _has_triton(), "triton is not installed"),
-        (request.tokens != 1, f"serves one token; got {request.tokens}"),
-        (request.dtype not in DECODE_DTYPES, f"serves float32, float16 and bfloat16; got {request.dtype}"),
+        (request.dtype not in TRITON_DTYPES, f"serves float32, float16 and bfloat16; got {request.dtype}"),
         (request.unequal_experts, "serves experts of one size; expert_offsets were given"),
-        (not request.contiguous, "router, projections and biases must be contiguous"),
+        (not request.contiguous, "router, projections, biases and constants must be contiguous"),
+        (request.constants_elsewhere, "a constant of the hidden region is on another device than x"),
         (not request.down_is_neuron_major, "the down-projection must be neuron-major (layout.neuron_major)"),
-        (request.experts > MAX_DECODE_EXPERTS, f"{request.experts} experts; lists up to {MAX_DECODE_EXPERTS}"),
+        (request.experts > MAX_LISTED_EXPERTS, f"{request.experts} experts; lists up to {MAX_LISTED_EXPERTS}"),
     )
     return next((reason for applies, reason in checks if applies), None)
 
@@ -100,12 +118,19 @@ def _decode(call: SparseFfnCall) -> Tensor:
     return sparse_ffn_decode(call)
 
 
+def _batch(call: SparseFfnCall) -> Tensor:
+    from lte_compile.kernels.triton_batch import sparse_ffn_batch
+
+    return sparse_ffn_batch(call)
+
+
 def _never_refuse(request: Request) -> None:
     return None
 
 
 LOWERINGS: tuple[Lowering, ...] = (
     Lowering(SPARSE_FFN, "triton-decode", _refuse_decode, _decode),
+    Lowering(SPARSE_FFN, "triton-batch", _refuse_batch, _batch),
     Lowering(SPARSE_FFN, "cpu-runs", _refuse_cpu, sparse_ffn_cpu),
     Lowering(SPARSE_FFN, "reference", _never_refuse, sparse_ffn_reference),
 )
@@ -143,12 +168,18 @@ def describe(call: SparseFfnCall) -> Request:
         unequal_experts=call.offsets_E1 is not None,
         down_is_neuron_major=is_neuron_major(weights.down_DF),
         contiguous=_is_contiguous(call),
+        interleaved=not weights.up_FD.is_contiguous(),
+        constants_elsewhere=any(constant.device != x_D.device for constant in call.constants),
     )
 
 
 def _is_contiguous(call: SparseFfnCall) -> bool:
-    _, router, router_bias, (up, gate, _, *biases), *_ = call
-    return all(t.is_contiguous() for t in (router, router_bias, up, gate, *biases) if t is not None)
+    """Up and gate may be every other row of one projection, as long as each row is contiguous."""
+    _, router, router_bias, (up, gate, _, up_bias, gate_bias, down_bias), *_ = call
+    whole = (router, router_bias, down_bias, *call.constants)
+    rows = up.stride(1) == 1 and (gate is None or gate.stride() == up.stride())
+    steps = {bias.stride() for bias in (up_bias, gate_bias) if bias is not None}
+    return rows and len(steps) <= 1 and all(t.is_contiguous() for t in whole if t is not None)
 
 
 def lower_sparse_ffn(call: SparseFfnCall) -> Tensor:

@@ -7,13 +7,14 @@ Shape suffixes: T tokens (all leading dimensions), D model width, F neurons, E e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lte_compile.kernels.autocast import register_autocast
-from lte_compile.kernels.expert_ffn import WEIGHT_NAMES
+from lte_compile.kernels.expert_ffn import WEIGHT_NAMES, as_many_as_given, wants_of_constants
 from lte_compile.kernels.experts import check_experts, check_offsets
 from lte_compile.kernels.ffn import FfnWeights, check_ffn
 from lte_compile.kernels.lowering import lower_sparse_ffn
@@ -21,7 +22,13 @@ from lte_compile.kernels.route import check_router
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 
 
-@torch.library.custom_op("lte::sparse_ffn", mutates_args=())
+@torch.library.custom_op(
+    "lte::sparse_ffn",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w_router, Tensor? b_router, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_up, "
+    "Tensor? b_gate, Tensor? b_down, str activation, int expert_size, float tau, Tensor? expert_offsets=None, "
+    "Tensor[]? constants=None) -> Tensor",
+)
 def sparse_ffn(
     x: Tensor,
     w_router: Tensor,
@@ -36,11 +43,15 @@ def sparse_ffn(
     expert_size: int,
     tau: float,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
-    _check(x, w_router, b_router, weights, activation, expert_size, expert_offsets)
+    _check(x, w_router, b_router, weights, activation, constants or (), expert_size, expert_offsets)
     check_offsets(expert_offsets, w_up.shape[0])
-    return lower_sparse_ffn(SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets))
+    call = SparseFfnCall(
+        x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, tuple(constants or ())
+    )
+    return lower_sparse_ffn(call)
 
 
 def _check(
@@ -49,11 +60,12 @@ def _check(
     b_router: Tensor | None,
     weights: FfnWeights,
     activation: str,
+    constants: Sequence[Tensor],
     expert_size: int,
     offsets: Tensor | None,
 ) -> None:
     check_router(x, w_router, b_router)
-    check_ffn(x, weights, activation)
+    check_ffn(x, weights, activation, constants)
     check_experts(weights.up_FD.shape[0], w_router.shape[0], expert_size, offsets)
 
 
@@ -72,29 +84,36 @@ def _(
     expert_size: int,
     tau: float,
     expert_offsets: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
-    _check(x, w_router, b_router, weights, activation, expert_size, expert_offsets)
+    _check(x, w_router, b_router, weights, activation, constants or (), expert_size, expert_offsets)
     return x.new_empty((*x.shape[:-1], w_down.shape[0]), dtype=w_up.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w_router, b_router, *weights, ctx.activation, ctx.expert_size, ctx.tau, offsets = inputs
-    ctx.save_for_backward(x, w_router, b_router, *weights, offsets)
+    *tensors, ctx.activation, ctx.expert_size, ctx.tau, offsets, constants = inputs
+    ctx.save_for_backward(*tensors, offsets, *(constants or ()))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w_router, b_router, *weights, offsets = ctx.saved_tensors
+_TENSORS = 9  # x, the router's two and the FFN's six come first
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    (x, w_router, b_router, *weights), offsets, constants = saved[:_TENSORS], saved[_TENSORS], saved[_TENSORS + 1 :]
     ops = torch.ops.lte
     gates = ops.select(ops.route(x, w_router, b_router), "threshold", ctx.tau)
-    wants_x, _, _, *wants_weights = ctx.needs_input_grad[:9]
-    wanted = [wants_x, False, *wants_weights]
+    wants_x, _, _, *wants_weights = ctx.needs_input_grad[:_TENSORS]
+    wants_constants = wants_of_constants(ctx, constants)
+    wanted = [wants_x, False, *wants_weights, *wants_constants]
     x_cast = x.to(weights[0].dtype)
-    grads = iter(
-        ops.expert_ffn_backward(grad, x_cast, gates, *weights, ctx.activation, ctx.expert_size, offsets, wanted)
-    )
+    rest = (ctx.activation, ctx.expert_size, offsets, list(constants), wanted)
+    grads = iter(ops.expert_ffn_backward(grad, x_cast, gates, *weights, *rest))
     grad_x = next(grads).to(x.dtype) if wants_x else None
-    return grad_x, None, None, *(next(grads) if want else None for want in wants_weights), None, None, None, None
+    of_weights = [next(grads) if want else None for want in wants_weights]
+    of_constants = [next(grads) if want else None for want in wants_constants]
+    return as_many_as_given(ctx, (grad_x, None, None, *of_weights, None, None, None, None, of_constants))
 
 
 sparse_ffn.register_autograd(_backward, setup_context=_setup_context)

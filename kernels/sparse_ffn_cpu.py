@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lte_compile.kernels.experts import expand_to_neurons
 from lte_compile.kernels.ffn import FfnWeights, hidden_value
+from lte_compile.kernels.hidden import constants_of_neurons
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts
 
 # What one more run costs in bytes read instead. Measured on two cores (Cascade Lake, 10 GB/s a core): 25-50 us a run.
@@ -55,7 +56,8 @@ def _by_runs(call: SparseFfnCall, x_TD: Tensor, active_TE: Tensor, union: list[b
     outputs = _RunSum(weights, x_TD)
     for first, stop in runs:
         start, end = _neurons(call, first, stop)
-        hidden_TR = hidden_value(x_TD, _rows(weights, start, end), call.activation)
+        constants = constants_of_neurons(call.activation, call.constants, slice(start, end))
+        hidden_TR = hidden_value(x_TD, _rows(weights, start, end), call.activation, constants)
         if x_TD.shape[0] > 1 or not all(union[first:stop]):
             offsets = None if call.offsets_E1 is None else call.offsets_E1[first : stop + 1]
             active_TR = expand_to_neurons(active_TE[:, first:stop], end - start, call.expert_size, offsets)
@@ -77,7 +79,8 @@ def _by_gathering(call: SparseFfnCall, x_TD: Tensor, active_TE: Tensor, union: l
         None if gate_bias is None else gate_bias.index_select(0, needed_R),
         down_bias,
     )
-    hidden_TR = hidden_value(x_TD, gathered, call.activation)
+    constants = constants_of_neurons(call.activation, call.constants, needed_R)
+    hidden_TR = hidden_value(x_TD, gathered, call.activation, constants)
     if x_TD.shape[0] > 1:
         hidden_TR.masked_fill_(~active_TF[:, needed_R], 0)
     return F.linear(hidden_TR, weights.down_DF.t().index_select(0, needed_R).t(), down_bias)

@@ -25,6 +25,7 @@ class SparseFfnCall(NamedTuple):
     expert_size: int
     tau: float
     offsets_E1: Tensor | None
+    constants: tuple[Tensor, ...] = ()  # of a region program given as `activation`
 
 
 def active_experts(call: SparseFfnCall) -> Tensor:
@@ -35,6 +36,6 @@ def active_experts(call: SparseFfnCall) -> Tensor:
 def sparse_ffn_reference(call: SparseFfnCall) -> Tensor:
     """Every expert computed, the unselected ones set to zero: right for any shape, dtype and device."""
     active_E = active_experts(call)
-    hidden_F = hidden_value(call.x_D.to(call.weights.up_FD.dtype), call.weights, call.activation)
+    hidden_F = hidden_value(call.x_D.to(call.weights.up_FD.dtype), call.weights, call.activation, call.constants)
     active_F = expand_to_neurons(active_E, hidden_F.shape[-1], call.expert_size, call.offsets_E1)
     return project_down(hidden_F.masked_fill(~active_F, 0), call.weights)

@@ -19,6 +19,8 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.decode_kernels import down, route_up
+from lte_compile.kernels.program import is_program
+from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 
 
@@ -50,8 +52,9 @@ def default_config(width: int, expert_size: int) -> DecodeConfig:
 
 
 def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
-    """One token. The down-projection is neuron-major and all else contiguous; only the last expert may be smaller."""
-    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _ = call
+    """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
+    only the last expert may be smaller."""
+    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants = call
     num_neurons, width = weights.up_FD.shape
     out_width, num_experts = weights.down_DF.shape[0], router_ED.shape[0]
     config = config or default_config(width, expert_size)
@@ -70,14 +73,18 @@ def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -
             weights.gate_FD,
             weights.up_bias_F,
             weights.gate_bias_F,
+            constants,
             hidden_F,
             flags,
             arrived,
             tau,
             num_neurons,
             D=width,
+            ROW_STRIDE=weights.up_FD.stride(0),
+            BIAS_STRIDE=1 if weights.up_bias_F is None else weights.up_bias_F.stride(0),
             EXPERT_SIZE=expert_size,
-            ACTIVATION=activation,
+            ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
+            IS_PROGRAM=is_program(activation),
             COUNTERS=blocks,
             ROWS=config.up_rows,
             BLOCK=config.up_block,

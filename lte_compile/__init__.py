@@ -20,6 +20,7 @@ from lte_compile.evaluation import Evaluation, evaluate
 from lte_compile.graph import graph
 from lte_compile.hf_registration import register_with_transformers
 from lte_compile.inspection import Inspection, inspect
+from lte_compile.layouts import set_layout
 from lte_compile.passes.ir import FfnSite, Rejection
 from lte_compile.persistence import load_pretrained, save_pretrained
 from lte_compile.routing import Router, routers, set_stage
@@ -31,11 +32,16 @@ from lte_compile.transform import transform
 if TYPE_CHECKING:
     from lte_compile.hf_trainer import LteTrainer
     from lte_compile.onnx_api import export_onnx
+    from lte_compile.streaming import convert_checkpoint
 
 __version__ = "0.1.0"
 
 # Names whose modules need an optional extra (pyproject.toml); imported when first used.
-_LAZY = {"export_onnx": "lte_compile.onnx_api", "LteTrainer": "lte_compile.hf_trainer"}
+_LAZY = {
+    "LteTrainer": "lte_compile.hf_trainer",
+    "convert_checkpoint": "lte_compile.streaming",
+    "export_onnx": "lte_compile.onnx_api",
+}
 
 
 # Plain from_pretrained restores sparse models from here on.
@@ -63,6 +69,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "collect_activations",
+    "convert_checkpoint",
     "evaluate",
     "export_onnx",
     "fit_routers",
@@ -72,6 +79,7 @@ __all__ = [
     "routers",
     "save_pretrained",
     "set_density",
+    "set_layout",
     "set_stage",
     "trace_routers",
     "train",

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.fx as fx
 from torch import Tensor, nn
 
-from lte_compile.passes.anchors import is_lte, level_of
+from lte_compile.backend_options import Compiled, parse_options
+from lte_compile.kernels.layout import is_neuron_major
+from lte_compile.passes.anchors import arguments, is_lte, level_of, lte_name
 from lte_compile.passes.copying import copy_graph_module
 from lte_compile.passes.dataflow import CONSTANT_KEY
 from lte_compile.passes.fuse import FuseExperts
@@ -26,14 +26,14 @@ from lte_compile.passes.ir import CapturedGraph, Level, Pass, PassReport
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.pipeline import run_pipeline
 
-__all__ = ["COMPILERS", "lte_backend"]
-
-COMPILERS = ("inductor", "aot_eager", "eager")
 _NOTHING_ROUTED = (
     "backend 'lte' found no routed FFN and compiles the model as it is; "
     "lte_compile.transform(model) routes a model's FFNs"
 )
-Compiled = Callable[..., Any]
+_SLOW_LAYOUT = (
+    "the weights of a sparse FFN are not stored neuron after neuron, so selecting experts saves little; "
+    "lte_compile.set_layout(model, 'neuron_major') before compiling stores them so"
+)
 
 
 def lte_backend(
@@ -48,23 +48,43 @@ def lte_backend(
         model = torch.compile(model, backend="lte")
         model = torch.compile(model, backend="lte", mode="reduce-overhead")
         model = torch.compile(model, backend="lte", options={"compiler": "aot_eager"})
+        model = torch.compile(model, backend="lte", options={"fallback": "refuse"})
 
     Graphs that need gradients keep lte.expert_ffn, whose gates pass gradients to the router; graphs traced under
     torch.no_grad() or without trainable inputs get lte.sparse_ffn where the selection rule is "threshold".
 
     Args:
         mode: one of inductor's (`torch._inductor.list_mode_options()`), for compiler "inductor" only.
-        options: {"compiler": "inductor" | "aot_eager" | "eager"}, what compiles the rewritten graph.
+        options: {"compiler": "inductor" | "aot_eager" | "eager", "lower": bool, "fallback": "allow" | "refuse"}, see
+            `lte_compile.backend_options.BackendOptions`; and inductor's own, such as {"max_autotune": True}.
 
     Raises:
         ValueError: an unknown option, compiler or mode.
+        RuntimeError: a routed FFN stays in reference form, and fallback is "refuse".
     """
-    compiler = _compiler(options or {}, mode)
-    rewritten, _ = rewrite_graph(gm, example_inputs)
+    chosen = parse_options(options or {}, mode)
+    rewritten, reports = rewrite_graph(gm, example_inputs, lower=chosen.lower)
+    if chosen.fallback == "refuse":
+        _refuse_fallbacks(reports)
     if not _has_lte_nodes(rewritten) and any(isinstance(value, nn.Parameter) for value in example_inputs):
         warnings.warn(_NOTHING_ROUTED, stacklevel=2)
-    compiled: Compiled = compiler(rewritten, list(example_inputs))
+    if _reads_across_neurons(rewritten, example_inputs):
+        warnings.warn(_SLOW_LAYOUT, stacklevel=2)
+    compiled: Compiled = chosen.compile_with()(rewritten, list(example_inputs))
     return compiled
+
+
+def _refuse_fallbacks(reports: Sequence[PassReport]) -> None:
+    left = [f"{refusal.parameter or refusal.node}: {refusal.reason}" for r in reports for refusal in r.refusals]
+    if left:
+        raise RuntimeError(f"fallback='refuse', and {len(left)} routed FFNs cannot be lowered: {'; '.join(left)}")
+
+
+def _reads_across_neurons(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    lowered = [node for node in gm.graph.nodes if is_lte(node) and lte_name(node) == "sparse_ffn"]
+    downs = [given.get(arguments(node)["w_down"]) for node in lowered]
+    return any(isinstance(w, nn.Parameter) and w.dim() == 2 and not is_neuron_major(w) for w in downs)
 
 
 def _has_lte_nodes(gm: fx.GraphModule) -> bool:
@@ -73,10 +93,12 @@ def _has_lte_nodes(gm: fx.GraphModule) -> bool:
     return any(is_lte(node) for graph in graphs for node in graph.nodes)
 
 
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, lower: bool = True
+) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
     """A rewritten copy of a graph from Dynamo, which reads its own again later; no reports where nothing is routed."""
     passes: tuple[Pass, ...] = (FuseExperts(),)
-    if not _needs_gradients(example_inputs):
+    if lower and not _needs_gradients(example_inputs):
         passes += (LowerSparse(),)
     copied = _clone(gm)
     return copied, _run_passes(copied, _parameters(copied, example_inputs), passes)
@@ -101,41 +123,6 @@ def _run_passes(gm: fx.GraphModule, parameters: Mapping[str, str], passes: Seque
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
-
-
-def _compiler(options: Mapping[str, Any], mode: str | None) -> Compiled:
-    if unknown := sorted(set(options) - {"compiler"}):
-        raise ValueError(f"backend 'lte' has no option {unknown[0]!r}; its only one is 'compiler' ({_choices()})")
-    name = options.get("compiler", "inductor")
-    if name not in COMPILERS:
-        near = get_close_matches(str(name), COMPILERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"compiler must be {_choices()}; got {name!r}{hint}")
-    if mode is not None and name != "inductor":
-        raise ValueError(f"mode={mode!r} is inductor's; compiler {name!r} has none")
-    if name != "inductor":
-        chosen: Compiled = torch._dynamo.lookup_backend(name)
-        return chosen
-    return _inductor(mode)
-
-
-def _choices() -> str:
-    return " or ".join(map(repr, COMPILERS))
-
-
-def _inductor(mode: str | None) -> Compiled:
-    from torch._inductor import list_mode_options  # importing inductor takes seconds; eager users need not wait
-    from torch._inductor.compile_fx import compile_fx
-
-    known: dict[str, dict[str, Any]] = list_mode_options()
-    if mode is not None and mode != "default" and mode not in known:
-        raise ValueError(f"mode must be one of default, {', '.join(known)}; got {mode!r}")
-    patches = known.get(mode or "default", {})
-
-    def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        return compile_fx(gm, example_inputs, config_patches=patches)
-
-    return compile_graph
 
 
 def _clone(gm: fx.GraphModule) -> fx.GraphModule:

@@ -8,15 +8,19 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lte_compile.attach import follow_ffn
 from lte_compile.config import Stage
 from lte_compile.modes import eval_mode, in_stage, on_device
+from lte_compile.naming import current_sites
 from lte_compile.padding import PaddingReader, drop_padding
 from lte_compile.passes.ir import FfnSite, WeightLayout
+from lte_compile.places import locate
 from lte_compile.router_init import RidgeRouterFit
 from lte_compile.routing import Router, require_routers
 from lte_compile.tracing import RouterTrace, site_names, trace_routers
@@ -55,19 +59,20 @@ def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, r
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
     batches = list(batches)
+    sites = current_sites(model)
     for number in range(rounds):
-        fits = {r: _ridge_fit(model, r) for r in found}
+        fits = {r: _ridge_fit(model, r, sites[r]) for r in found}
         with in_stage(model, Stage.HARD if number else Stage.DENSE):
-            _run(model, batches, {r.site: fits[r].update for r in found})
+            _run(model, batches, {sites[r]: fits[r].update for r in found})
         for router, fit in fits.items():
             router.threshold = router.config.threshold
             router.load_initial(*fit.solve(density, threshold=router.threshold))
     return model
 
 
-def _ridge_fit(model: nn.Module, router: Router) -> RidgeRouterFit:
-    norms_F = down_norms(model, router.site)
-    return RidgeRouterFit(norms_F, router.config.expert_size, width=router.site.width, seed=router.config.seed)
+def _ridge_fit(model: nn.Module, router: Router, site: FfnSite) -> RidgeRouterFit:
+    norms_F = down_norms(model, site)
+    return RidgeRouterFit(norms_F, router.config.expert_size, width=site.width, seed=router.config.seed)
 
 
 def collect_activations(
@@ -75,9 +80,11 @@ def collect_activations(
 ) -> dict[str, Tensor]:
     """Hidden activations [N, F] per site over non-padding tokens, for transform's grouping="coactivation".
 
-    `sites` come from `lte_compile.inspect(model).sites`. The first `max_tokens` tokens are kept, on the CPU.
+    `sites` come from `lte_compile.inspect(model).ffn_sites`. The first `max_tokens` tokens are kept, on the CPU.
     """
-    kept: dict[FfnSite, list[Tensor]] = {site: [] for site in sites}
+    first, batches = _peek(batches)
+    located = locate(model, tuple(sites), lambda: _call(model, first))
+    kept: dict[FfnSite, list[Tensor]] = {site: [] for site in located}
 
     def keeper(parts: list[Tensor]) -> SeeFfn:
         def keep(x_TD: Tensor, hidden_TF: Tensor) -> None:
@@ -90,11 +97,23 @@ def collect_activations(
     return {site.name: torch.cat(parts) for site, parts in kept.items()}
 
 
+def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, and all of them."""
+    remaining = iter(_at_least_one(batches))
+    first = next(remaining)
+    return first, chain([first], remaining)
+
+
+def _call(model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad(), eval_mode(model):
+        model(**on_device(model, batch))
+
+
 def down_norms(model: nn.Module, site: FfnSite) -> Tensor:
     """Length of each neuron's down-projection vector, float32 [F]."""
     weight = model.get_parameter(site.down).detach()
     weight = weight.flatten(1) if site.down_layout is WeightLayout.OUT_IN else weight.t()
-    norms_F: Tensor = weight.float().norm(dim=0)
+    norms_F: Tensor = weight[:, site.down_start : site.down_start + site.hidden].float().norm(dim=0)
     return norms_F
 
 
@@ -121,27 +140,26 @@ def _watching(model: nn.Module, watchers: Mapping[FfnSite, SeeFfn]) -> Iterator[
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(padding, with_kwargs=True).remove)
         for site, see in watchers.items():
-            watch = _WatchFfn(padding, see)
-            first = model.get_submodule(site.first_projection.rpartition(".")[0])
-            down = model.get_submodule(site.down.rpartition(".")[0])
-            stack.callback(first.register_forward_pre_hook(watch.see_input).remove)
-            stack.callback(down.register_forward_pre_hook(watch.see_hidden, prepend=True).remove)  # before the gates
+            watch = _WatchFfn(site, padding, see)
+            stack.callback(follow_ffn(model, site, watch.see_input, watch.see_hidden))
         yield
 
 
 class _WatchFfn:
-    """Two hooks that bring an FFN's input and hidden value of the same call together."""
+    """Brings an FFN's input and hidden value of the same call together."""
 
-    def __init__(self, padding: PaddingReader, see: SeeFfn) -> None:
+    def __init__(self, site: FfnSite, padding: PaddingReader, see: SeeFfn) -> None:
+        self.site = site
         self.padding = padding
         self.see = see
         self.x_TD = torch.empty(0)
 
-    def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.x_TD = self._counted(module, args[0])
+    def see_input(self, module: nn.Module, x_TD: Tensor) -> None:
+        self.x_TD = self._counted(module, x_TD)
 
-    def see_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.see(self.x_TD, self._counted(module, args[0]))
+    def see_hidden(self, module: nn.Module, input_TF: Tensor) -> None:
+        hidden_TF = input_TF[..., self.site.down_start : self.site.down_start + self.site.hidden]
+        self.see(self.x_TD, self._counted(module, hidden_TF))
 
     def _counted(self, module: nn.Module, values: Tensor) -> Tensor:
         return drop_padding(values, self.padding.mask_of(module, self.padding.current))

@@ -16,12 +16,14 @@ import torch
 import torch._dynamo
 import torch.fx as fx
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from lte_compile.branches import mark_branches
 from lte_compile.dummies import dummy_inputs
-from lte_compile.passes.dataflow import CONSTANT_KEY, fake_value
+from lte_compile.meta import as_if_on_cpu, inputs_as_if_on_cpu
+from lte_compile.passes.dataflow import BUFFER_KEY, CONSTANT_KEY, fake_value
+from lte_compile.passes.inplace import read_results_of_in_place_ops
 from lte_compile.passes.ir import CapturedGraph
 
 __all__ = ["Inputs", "capture", "capture_all", "dummy_inputs"]
@@ -63,12 +65,16 @@ def capture_all(model: nn.Module | ExportedProgram, example_inputs: Inputs | Non
         return (capture_exported(model),)
     if isinstance(model, fx.GraphModule):
         return (capture_graph_module(model, example_inputs),)
-    call = as_call(model, example_inputs)
-    try:
-        return (capture_by_export(model, call),)
-    except _EXPORT_ERRORS:
-        return capture_by_dynamo(model, call)
+    with as_if_on_cpu(model) as fakes:
+        call = Call(*inputs_as_if_on_cpu(as_call(model, example_inputs), fakes))
+        try:
+            return (capture_by_export(model, call),)
+        except _EXPORT_ERRORS:
+            return capture_by_dynamo(model, call)
 
+
+# Implementations that read the same parameters as "grouped_mm": a loop, and a copy of its matrix for each token.
+_UNTRACEABLE_EXPERTS = ("eager", "batched_mm")
 
 # What torch.export raises on code it cannot trace: data-dependent control flow (UserError and RuntimeErrors), unknown
 # pytree nodes and objects it cannot copy (ValueError, TypeError, AttributeError), failed internal checks.
@@ -108,6 +114,7 @@ def capture_exported(program: ExportedProgram, first_name: Mapping[str, str] | N
         value = program.constants.get(name) if name else None
         if isinstance(value, Tensor):
             node.meta[CONSTANT_KEY] = value
+        node.meta[BUFFER_KEY] = name is not None and node.name not in signature.inputs_to_parameters
     aliases = first_name or _tied_names(program.state_dict)
     names = {node: aliases.get(name, name) for node, name in {**held, **constants}.items()}
     return CapturedGraph(module=program.graph_module, parameters=names, route="export")
@@ -123,12 +130,12 @@ def capture_by_dynamo(model: nn.Module, call: Call) -> tuple[CapturedGraph, ...]
     graphs: list[CapturedGraph] = []
 
     def record(module: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        placeholders = module.graph.find_nodes(op="placeholder")
-        parameters = {
-            node.name: names[id(value)]
-            for node, value in zip(placeholders, example_inputs, strict=True)
-            if id(value) in names
-        }
+        parameters = {}
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+            if id(value) in names:
+                parameters[node.name] = names[id(value)]
+                node.meta[BUFFER_KEY] = not isinstance(value, nn.Parameter)
+        read_results_of_in_place_ops(module)
         graphs.append(CapturedGraph(module=module, parameters=parameters, route="dynamo"))
         return module.forward
 
@@ -140,6 +147,7 @@ def capture_by_dynamo(model: nn.Module, call: Call) -> tuple[CapturedGraph, ...]
         torch._dynamo.reset()
     if not graphs:
         raise ValueError(f"tracing {type(model).__name__} recorded no graph: its forward runs no torch operation")
+    mark_branches(graphs)
     return tuple(graphs)
 
 
@@ -147,13 +155,18 @@ def capture_graph_module(module: fx.GraphModule, example_inputs: Inputs | None =
     """A GraphModule's own graph, with fake values propagated through it where it has none."""
     graph = module.graph
     if example_inputs is not None:
-        fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with _undisturbed(module):
-            FakeTensorProp(module, fakes).propagate(*_placeholder_values(graph, as_call(module, example_inputs)))
+        with as_if_on_cpu(module) as fakes, _undisturbed(module):
+            call = Call(*inputs_as_if_on_cpu(as_call(module, example_inputs), fakes))
+            FakeTensorProp(module, fakes).propagate(*_placeholder_values(graph, call))
     elif any(fake_value(node) is None for node in graph.nodes if node.users and node.op != "get_attr"):
         raise ValueError("this GraphModule carries no fake values; pass example_inputs so that shapes can be inferred")
+    read_results_of_in_place_ops(module)
     first = first_names(module)
-    parameters = {node.name: first.get(str(node.target), str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = {}
+    for node in graph.find_nodes(op="get_attr"):
+        parameters[node.name] = first.get(str(node.target), str(node.target))
+        node.meta[BUFFER_KEY] = str(node.target) not in held
     return CapturedGraph(module=module, parameters=parameters, route="fx")
 
 
@@ -194,7 +207,7 @@ def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no caches, no fused encoder layers; everything restored at the end."""
+    """Eval mode, no gradients, no caches, nothing that hides FFNs from a tracer; everything restored at the end."""
     training = {module: module.training for module in model.modules()}
     configs = [m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)]
     # In eval mode nn.TransformerEncoderLayer becomes one opaque op, which would hide its FFN.
@@ -209,7 +222,24 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         _set_training(dict.fromkeys(training, False))  # exported modules refuse eval()
         _set_use_cache(configs, False)
+        stack.enter_context(_traceable_experts(model))
         yield
+
+
+@contextmanager
+def _traceable_experts(model: nn.Module) -> Iterator[None]:
+    """transformers' experts as grouped products: as loops over the experts that were hit they depend on the data."""
+    setting = "_experts_implementation_internal"  # the public setter checks each model's class and keeps no sub-model
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), setting)}
+    changed = [config for config in configs.values() if getattr(config, setting) in _UNTRACEABLE_EXPERTS]
+    before = [getattr(config, setting) for config in changed]
+    try:
+        for config in changed:
+            setattr(config, setting, "grouped_mm")
+        yield
+    finally:
+        for config, value in zip(changed, before, strict=True):
+            setattr(config, setting, value)
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:

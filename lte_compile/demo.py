@@ -195,7 +195,7 @@ def _transform(model: nn.Module, data: _Data, config: DemoConfig) -> None:
     """Group neurons by what they do together on training questions, and attach routers."""
     example = _inputs(data.valid[0])
     seen = peek_batches(data.train, FIT_BATCHES)
-    activations = collect_activations(model, inspect(model, example).sites, seen)
+    activations = collect_activations(model, inspect(model, example).ffn_sites, seen)
     chosen = TransformConfig(expert_size=config.expert_size, grouping=Grouping.COACTIVATION, seed=config.seed)
     transform(model, chosen, example, activations=activations)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -58,6 +59,8 @@ class LteConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LteConfig:
         """Copied along with its model, it follows the copy; copied alone, as transformers does, it stays as it is."""
+        if torch.compiler.is_compiling():  # encoder-decoders copy their config in every forward; plans are not traced
+            return self
         copy = type(self)(**deepcopy(dict(self.plan)))
         model = self._model() if self._model else None
         if model is not None and id(model) in memo:

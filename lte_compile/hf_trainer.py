@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
 from lte_compile.config import Stage
 from lte_compile.controller import DensityController
+from lte_compile.layouts import set_layout
 from lte_compile.routing import require_routers, routers, set_stage
 from lte_compile.tracing import trace_routers
 from lte_compile.train_config import Gates, TrainConfig
@@ -37,7 +38,28 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         require_routers(self.model)
         self.lte = lte
         self.controller = DensityController(target=lte.target_density)
-        self.add_callback(_Stages(self, held_out))
+        self.held_out = held_out
+        self.add_callback(_Stages(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also lets DistributedDataParallel do without gradients of the routers, which have none in stage 2."""
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train. FSDP gets contiguous weights, and routers are fitted before it shards them."""
+        if self.is_fsdp_enabled:
+            set_layout(self.model, "contiguous")
+            if not resume_from_checkpoint:
+                self.fit_routers()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def fit_routers(self) -> None:
+        """Fit the routers to the held-out batches, if the configuration says so; labels are not looked at."""
+        if self.lte.fit_router:
+            unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
+            fit_routers(self.model, unlabelled, self.lte.target_density)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss, plus eta * L_eff + lambda * L_sep in stage 1."""
@@ -75,17 +97,15 @@ class LteTrainer(Trainer):  # type: ignore[misc]
 class _Stages(TrainerCallback):  # type: ignore[misc]
     """Enters stage 1 at the beginning and stage 2 on time; measures the held-out density in between."""
 
-    def __init__(self, trainer: LteTrainer, held_out: list[dict[str, Tensor]]) -> None:
+    def __init__(self, trainer: LteTrainer) -> None:
         self.trainer = trainer
-        self.held_out = held_out
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         lte, model = self.trainer.lte, self.trainer.model
-        if lte.fit_router and state.global_step == 0:
-            unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
-            fit_routers(model, unlabelled, lte.target_density)
+        if state.global_step == 0 and not self.trainer.is_fsdp_enabled:
+            self.trainer.fit_routers()
         rule = "straight_through" if lte.gates is Gates.STRAIGHT_THROUGH else None
         set_stage(model, Stage.SOFT, selection=rule)
 
@@ -93,10 +113,10 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
         lte, model = self.trainer.lte, self.trainer.model
         in_stage1 = next(routers(model)).stage is Stage.SOFT
         if in_stage1 and state.global_step % lte.measure_every == 0:
-            self.trainer.controller.measure(evaluate_routers(model, self.held_out).density())
+            self.trainer.controller.measure(evaluate_routers(model, self.trainer.held_out).density())
         share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
         if in_stage1 and state.global_step >= share * state.max_steps:
-            calibrate(model, self.held_out)
+            calibrate(model, self.trainer.held_out)
             set_density(model, lte.target_density)
             set_stage(model, Stage.HARD)
 
@@ -104,4 +124,4 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         set_stage(self.trainer.model, Stage.HARD)
-        calibrate(self.trainer.model, self.held_out)
+        calibrate(self.trainer.model, self.trainer.held_out)

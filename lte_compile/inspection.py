@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from lte_compile.capture import Inputs, capture_all
 from lte_compile.passes.draw import draw_match
-from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, Rejection
+from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, Rejection, SiteKind
 from lte_compile.passes.match import FfnMatch, FfnSearch, find_ffns
 
 _TABLE_WIDTH = 160
@@ -27,7 +27,8 @@ _TABLE_WIDTH = 160
 class Inspection:
     """The FFN sites of a model, the linear layers that are none of theirs and why, and which tracer saw the model.
 
-    `str()` is a readable table, `to_dict()` the JSON-able form, `draw()` a picture of one site.
+    Sites of kind "native_moe" are experts that the model has of itself; they are shown and never rewritten. `str()` is a
+    readable table, `to_dict()` the JSON-able form, `draw()` a picture of one site.
     """
 
     sites: tuple[FfnSite, ...]
@@ -36,15 +37,30 @@ class Inspection:
     graphs: tuple[CapturedGraph, ...] = field(repr=False, default=())
     matches: tuple[tuple[CapturedGraph, FfnMatch], ...] = field(repr=False, default=())
 
+    @property
+    def ffn_sites(self) -> tuple[FfnSite, ...]:
+        """The sites that can be rewritten."""
+        return tuple(site for site in self.sites if site.kind is SiteKind.FFN)
+
+    @property
+    def native_moe_sites(self) -> tuple[FfnSite, ...]:
+        """The experts that the model has of itself."""
+        return tuple(site for site in self.sites if site.kind is SiteKind.NATIVE_MOE)
+
     def __str__(self) -> str:
-        return "\n\n".join(
-            part for part in (self._heading(), _site_table(self.sites), _refusals(self.rejections)) if part
-        )
+        parts = (self._heading(), _site_table(self.ffn_sites), self._native_moe(), _refusals(self.rejections))
+        return "\n\n".join(part for part in parts if part)
 
     def _heading(self) -> str:
         graphs = "" if len(self.graphs) == 1 else f" in {len(self.graphs)} graphs"
         others = f"other linear layers: {len(self.rejections)}"
-        return f"FFN sites: {len(self.sites)} (traced by {self.route}{graphs}), {others}"
+        return f"FFN sites: {len(self.ffn_sites)} (traced by {self.route}{graphs}), {others}"
+
+    def _native_moe(self) -> str:
+        if not self.native_moe_sites:
+            return ""
+        heading = f"native_moe sites: {len(self.native_moe_sites)}, experts of the model itself, left alone"
+        return f"{heading}\n{_site_table(self.native_moe_sites)}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sites, rejections and route."""
@@ -75,38 +91,52 @@ def inspect(model: nn.Module | ExportedProgram, example_inputs: Inputs | None = 
     """
     graphs = capture_all(model, example_inputs)
     searches = [find_ffns(graph) for graph in graphs]
-    foreign = _used_in_other_graphs(searches)
+    foreign = _used_in_other_graphs(graphs, searches)
     matches = tuple(
         (graph, match)
         for graph, search in zip(graphs, searches, strict=True)
-        for match in search.matches
+        for match in (*search.matches, *search.native_moe)
         if match.site not in foreign
     )
     rejections = [rejection for search in searches for rejection in search.rejections]
     rejections += [Rejection(node=site.name, parameter=site.down, reason=why) for site, why in foreign.items()]
-    sites = tuple(dict.fromkeys(match.site for _, match in matches))
-    return Inspection(sites, tuple(rejections), graphs[0].route, graphs, matches)
+    rejections += _never_traced(model, graphs)
+    sites = sorted(dict.fromkeys(match.site for _, match in matches), key=lambda site: site.kind is not SiteKind.FFN)
+    return Inspection(tuple(sites), tuple(rejections), graphs[0].route, graphs, matches)
 
 
 def require_sites(inspection: Inspection) -> tuple[FfnSite, ...]:
-    """The sites, or a ValueError that lists every candidate and why it was refused."""
-    if inspection.sites:
-        return inspection.sites
+    """The sites to rewrite, or a ValueError that lists every candidate and why it was refused."""
+    if inspection.ffn_sites:
+        return inspection.ffn_sites
+    if inspection.native_moe_sites:
+        raise ValueError(f"no FFN found to rewrite, only experts of the model itself:\n{inspection}")
     if not inspection.rejections:
         raise ValueError("no FFN found: the traced graph has no linear layer at all")
     raise ValueError(f"no FFN found; every candidate was refused:\n{_refusals(inspection.rejections)}")
 
 
-def _used_in_other_graphs(searches: Sequence[FfnSearch]) -> dict[FfnSite, str]:
+def _used_in_other_graphs(graphs: Sequence[CapturedGraph], searches: Sequence[FfnSearch]) -> dict[FfnSite, str]:
     """Sites whose weights another graph of a broken-up model uses as something else."""
-    refused = {r.parameter: r for search in searches for r in search.rejections if r.parameter is not None}
-    sites = dict.fromkeys(site for search in searches for site in search.sites)
     return {
-        site: f"`{name}` is also used by `{refused[name].node}` in another graph of the model"
-        for site in sites
-        for name in (site.up, site.gate, site.down)
-        if name is not None and name in refused
+        site: f"`{name}` is also used in another graph of the model, in which it is no part of this FFN"
+        for site in dict.fromkeys(site for search in searches for site in search.sites)
+        for graph, search in zip(graphs, searches, strict=True)
+        if site not in search.sites
+        for name in site.parameters
+        if name != site.down_bias and name in graph.parameters.values()
     }
+
+
+def _never_traced(model: object, graphs: Sequence[CapturedGraph]) -> Iterator[Rejection]:
+    """Matrices of a broken-up model that none of its graphs reads: an untaken branch may hold an FFN."""
+    if len(graphs) == 1 or not isinstance(model, nn.Module):
+        return
+    traced = {name for graph in graphs for name in graph.parameters.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and name not in traced:
+            reason = "not reached while tracing: it lies in a branch that the example inputs do not take, or is unused"
+            yield Rejection(node="not traced", parameter=name, reason=reason)
 
 
 def _site_table(sites: Sequence[FfnSite]) -> str:
@@ -120,6 +150,7 @@ def _site_table(sites: Sequence[FfnSite]) -> str:
 
 def _site_row(site: FfnSite) -> tuple[str, ...]:
     layout = site.up_layout.value if site.fusion is Fusion.SEPARATE else f"{site.up_layout.value}, {site.fusion.value}"
+    layout += "" if site.kind is SiteKind.FFN else f", {site.experts} experts"
     names = (_below(name, site.name) for name in (site.up, site.gate, site.down))
     flags = (site.activation, "yes" if site.gated else "no", layout)
     return (_pattern(site.name), str(site.width), str(site.hidden), *flags, *(_pattern(name) for name in names))

@@ -30,10 +30,25 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if is_transformed(path):
         return load_pretrained(path, dtype=dtype)
+    return _from_pretrained(_model_class(path), path, dtype=dtype or "auto").eval()
+
+
+def load_on_meta(path: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_model` of a dense directory without reading its weights: they have shapes and dtypes, and no data.
+
+    Also returns what transformers says about the checkpoint: its missing and unexpected keys.
+    """
+    options = {"device_map": "meta", "dtype": dtype or "auto", "output_loading_info": True}
+    loaded: Any = _from_pretrained(_model_class(path), path, **options)
+    model, info = loaded
+    return model.eval(), info
+
+
+def _model_class(path: Path) -> Any:
     name = _architecture(path)
     if not hasattr(transformers, name):
         raise ValueError(f"transformers {transformers.__version__} has no class {name!r}, which {path} was saved from")
-    return _from_pretrained(getattr(transformers, name), path, dtype=dtype or "auto").eval()
+    return getattr(transformers, name)
 
 
 def load_classifier(path: Path, labels: Sequence[str]) -> tuple[nn.Module, Any]:

@@ -5,6 +5,9 @@ Shapes: D model width, F neurons.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,30 +15,60 @@ from lte_compile.kernels.layout import neuron_major
 from lte_compile.passes.ir import FfnSite, Fusion, WeightLayout
 
 
-def projection_rows(model: nn.Module, site: FfnSite) -> Tensor:
-    """The weights grouping looks at, [F, D]: the gate projection's rows in a gated FFN, else the up projection's."""
-    weight = model.get_parameter(site.gate or site.up).detach()
-    rows = weight.flatten(1) if site.up_layout is WeightLayout.OUT_IN else weight.t()
-    return rows if site.fusion is Fusion.SEPARATE else rows[_gate_rows(site)]
+class Reordering(NamedTuple):
+    """Entries [start, start + len(order)) of one axis of a parameter get a new order: the i-th was the order[i]-th."""
+
+    parameter: str
+    axis: int
+    start: int
+    order: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter's values in the new order."""
+        index = torch.arange(tensor.shape[self.axis], device=tensor.device)
+        index[self.start : self.start + len(self.order)] = self.order.to(tensor.device) + self.start
+        return tensor.index_select(self.axis, index)
 
 
-def _gate_rows(site: FfnSite) -> Tensor:
-    neurons_F = torch.arange(site.hidden)
-    match site.fusion:
-        case Fusion.GATE_THEN_UP:
-            return neurons_F
-        case Fusion.UP_THEN_GATE:
-            return neurons_F + site.hidden
-        case Fusion.INTERLEAVED_GATE_FIRST:
-            return 2 * neurons_F
-        case Fusion.INTERLEAVED_UP_FIRST:
-            return 2 * neurons_F + 1
-        case _:
-            raise AssertionError(f"{site.fusion} shares no parameter")
+def reorderings(site: FfnSite, order_F: Tensor, shape_of: Callable[[str], Sequence[int]]) -> tuple[Reordering, ...]:
+    """What makes neuron order_F[i] the i-th, for every parameter that follows the neurons; `shape_of` takes a name."""
+    return (
+        *_of_projections(site, order_F, shape_of),
+        *_of_down_projection(site, order_F, shape_of),
+        *(Reordering(name, list(shape_of(name)).index(site.hidden), 0, order_F) for name in site.hidden_parameters),
+    )
+
+
+def _of_projections(site: FfnSite, order_F: Tensor, shape_of: Callable[[str], Sequence[int]]) -> Iterator[Reordering]:
+    projections = [(site.up, site.up_layout, site.up_bias, site.up_start, site.up_low_rank)]
+    if site.gate is not None and site.fusion is Fusion.SEPARATE:
+        projections.append((site.gate, site.gate_layout, site.gate_bias, site.gate_start, site.gate_low_rank))
+    order = _up_order(site, order_F)
+    for weight, layout, bias, start, low_rank in projections:
+        axis = 0 if layout is WeightLayout.OUT_IN else 1
+        yield Reordering(weight, axis, start, order)
+        if bias is not None:
+            yield Reordering(bias, 0, start, order)
+        for factor in low_rank:
+            yield Reordering(factor, _long_axis(factor, shape_of(weight)[axis], shape_of), start, order)
+
+
+def _of_down_projection(
+    site: FfnSite, order_F: Tensor, shape_of: Callable[[str], Sequence[int]]
+) -> Iterator[Reordering]:
+    axis = 1 if site.down_layout is WeightLayout.OUT_IN else 0
+    yield Reordering(site.down, axis, site.down_start, order_F)
+    for factor in site.down_low_rank:
+        yield Reordering(factor, _long_axis(factor, shape_of(site.down)[axis], shape_of), site.down_start, order_F)
+
+
+def _long_axis(factor: str, width: int, shape_of: Callable[[str], Sequence[int]]) -> int:
+    """The axis of a low-rank factor that the layer's own width is on; the rank is smaller."""
+    return list(shape_of(factor)).index(width)
 
 
 def _up_order(site: FfnSite, order_F: Tensor) -> Tensor:
-    """The order of the up parameter's output axis: `order_F` itself, or [2F] where gate and up share the parameter."""
+    """The order of the up parameter's output axis: `order_F` itself, or [2F] where gate and up alternate or follow."""
     if site.fusion is Fusion.SEPARATE:
         return order_F
     if site.fusion in (Fusion.GATE_THEN_UP, Fusion.UP_THEN_GATE):
@@ -43,27 +76,29 @@ def _up_order(site: FfnSite, order_F: Tensor) -> Tensor:
     return torch.stack([2 * order_F, 2 * order_F + 1], dim=1).flatten()
 
 
+def projection_rows(model: nn.Module, site: FfnSite) -> Tensor:
+    """The weights grouping looks at, [F, D]: the gate projection's rows in a gated FFN, else the up projection's."""
+    weight = model.get_parameter(site.gate or site.up).detach()
+    layout = site.up_layout if site.gate is None else site.gate_layout
+    rows = weight.flatten(1) if layout is WeightLayout.OUT_IN else weight.t()
+    start = site.up_start if site.gate is None else site.gate_start
+    match site.fusion:
+        case Fusion.SEPARATE | Fusion.GATE_THEN_UP:
+            return rows[start : start + site.hidden]
+        case Fusion.UP_THEN_GATE:
+            return rows[start + site.hidden : start + 2 * site.hidden]
+        case Fusion.INTERLEAVED_GATE_FIRST:
+            return rows[start : start + 2 * site.hidden : 2]
+        case Fusion.INTERLEAVED_UP_FIRST:
+            return rows[start + 1 : start + 2 * site.hidden : 2]
+
+
 @torch.no_grad()
 def permute_neurons(model: nn.Module, site: FfnSite, order_F: Tensor) -> None:
     """Neuron i of the result is neuron order_F[i] of before. The FFN's function is unchanged up to summation order."""
-    up_axis = 0 if site.up_layout is WeightLayout.OUT_IN else 1
-    down_axis = 1 if site.down_layout is WeightLayout.OUT_IN else 0
-    up_order = _up_order(site, order_F)
-    axes = {site.up: (up_axis, up_order), site.down: (down_axis, order_F)}
-    if site.gate:
-        axes[site.gate] = (up_axis, up_order)
-    for bias in (site.up_bias, site.gate_bias):
-        if bias:
-            axes[bias] = (0, up_order)
-    for name, (axis, order) in axes.items():
-        _reorder(model.get_parameter(name), axis, order)
-    for name in site.hidden_parameters:
-        parameter = model.get_parameter(name)
-        _reorder(parameter, list(parameter.shape).index(site.hidden), order_F)
-
-
-def _reorder(parameter: nn.Parameter, axis: int, order: Tensor) -> None:
-    parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+    for reordering in reorderings(site, order_F, lambda name: model.get_parameter(name).shape):
+        parameter = model.get_parameter(reordering.parameter)
+        parameter.copy_(reordering.of(parameter))
 
 
 @torch.no_grad()
@@ -72,9 +107,19 @@ def lay_out_neuron_major(model: nn.Module, site: FfnSite) -> None:
 
     Shapes, names and values stay; only strides change: nn.Linear's down-projection, Conv1D's up-projection.
     """
+    for parameter in _across_neurons(model, site):
+        parameter.data = neuron_major(parameter.data)
+
+
+@torch.no_grad()
+def lay_out_contiguous(model: nn.Module, site: FfnSite) -> None:
+    """Undo `lay_out_neuron_major`."""
+    for parameter in _across_neurons(model, site):
+        parameter.data = parameter.data.contiguous()
+
+
+def _across_neurons(model: nn.Module, site: FfnSite) -> Iterator[nn.Parameter]:
+    """The matrices that, stored contiguously, keep a neuron's numbers apart."""
     across = [site.down] if site.down_layout is WeightLayout.OUT_IN else []
     across += [site.up] if site.up_layout is WeightLayout.IN_OUT else []
-    for name in across:
-        parameter = model.get_parameter(name)
-        if parameter.dim() == 2:
-            parameter.data = neuron_major(parameter.data)
+    return (p for p in map(model.get_parameter, across) if p.dim() == 2)

@@ -24,10 +24,10 @@ from lte_compile.hf_registration import is_transformers_model, register_with_tra
 from lte_compile.plan import finish_restoring, parse_plan, plan_of, restore_routers
 
 PLAN_FILE = "lte_plan.json"
-_CONFIG_FILE = "config.json"
+CONFIG_FILE = "config.json"
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_MARKERS = (_CONFIG_FILE, PLAN_FILE)  # without one of these a directory cannot be loaded
+INDEX_FILE = "model.safetensors.index.json"
+_MARKERS = (CONFIG_FILE, PLAN_FILE)  # without one of these a directory cannot be loaded
 
 
 class Tokenizer(Protocol):
@@ -49,7 +49,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, tokenizer: Tokenize
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     plan = plan_of(model)
     directory = Path(directory)
-    with _staging(directory) as staged:
+    with staging(directory) as staged:
         if is_transformers_model(model):
             _save_transformers(model, staged)
         else:
@@ -57,7 +57,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, tokenizer: Tokenize
             (staged / PLAN_FILE).write_text(json.dumps(plan, indent=1, allow_nan=False), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staged))
-        _move_into_place(staged, directory)
+        move_into_place(staged, directory)
 
 
 def load_pretrained(
@@ -102,7 +102,7 @@ def _load_transformers(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     register_with_transformers()
     import transformers
 
-    config = _read_json(directory / _CONFIG_FILE)
+    config = read_json(directory / CONFIG_FILE)
     record = config.get("quantization_config") or {}
     if record.get("quant_method") != "lte":
         raise ValueError(f"{directory} holds a model that lte_compile did not transform; load it with from_pretrained")
@@ -131,7 +131,7 @@ def _load_module(directory: Path, model: nn.Module | None, dtype: torch.dtype | 
         raise ValueError(
             f"{directory} holds a module that is not from transformers; pass model=, a dense instance of it"
         )
-    plans = parse_plan(_read_json(directory / PLAN_FILE))
+    plans = parse_plan(read_json(directory / PLAN_FILE))
     if dtype is not None:
         model.to(dtype)
     restore_routers(model, plans)
@@ -147,12 +147,7 @@ def _check_files(directory: Path) -> None:
     """Everything that can be known to be wrong before any model is built."""
     if not directory.is_dir():
         raise ValueError(f"there is no directory {directory}")
-    shards = _shards(directory)
-    if not shards and (pickles := sorted(directory.glob("*.bin"))):
-        raise ValueError(
-            f"{directory} has pickled weights ({pickles[0].name}), which can run code when loaded; only safetensors "
-            "are read: load the dense model with transformers and save it again"
-        )
+    shards = weight_files(directory)
     if not shards or not any((directory / marker).exists() for marker in _MARKERS):
         raise ValueError(f"{directory} is no complete checkpoint: it needs {_WEIGHTS} and {' or '.join(_MARKERS)}")
     for shard in shards:
@@ -165,19 +160,29 @@ def _check_files(directory: Path) -> None:
             raise ValueError(f"{shard} is cut short or corrupt ({error}); copy or save the checkpoint again") from None
 
 
-def _shards(directory: Path) -> tuple[Path, ...]:
+def refuse_pickles(directory: Path) -> None:
+    """A ValueError for a directory whose weights are pickles."""
+    if pickles := sorted(directory.glob("*.bin")):
+        raise ValueError(
+            f"{directory} has pickled weights ({pickles[0].name}), which can run code when loaded; only safetensors "
+            "are read: load the dense model with transformers and save it again"
+        )
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
     """The weight files a directory has, or says that it has."""
     if (directory / _WEIGHTS).exists():
         return (directory / _WEIGHTS,)
-    if not (directory / _INDEX).exists():
+    if not (directory / INDEX_FILE).exists():
+        refuse_pickles(directory)
         return ()
-    weight_map = _read_json(directory / _INDEX).get("weight_map")
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, Mapping):
-        raise ValueError(f"{directory / _INDEX} has no weight_map; copy or save the checkpoint again")
+        raise ValueError(f"{directory / INDEX_FILE} has no weight_map; copy or save the checkpoint again")
     return tuple(directory / name for name in sorted(set(weight_map.values())))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # broken JSON or UTF-8
@@ -188,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
+def staging(directory: Path) -> Iterator[Path]:
     """An empty directory on the target's file system, removed at the end. Its creation proves the target writable."""
     beside = directory if directory.is_dir() else directory.parent
     staged = beside / f".{directory.name}.{uuid4().hex}.partial"
@@ -204,7 +209,7 @@ def _staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _move_into_place(staged: Path, directory: Path) -> None:
+def move_into_place(staged: Path, directory: Path) -> None:
     """Renames only. An existing directory loses its markers first and gets the new ones last."""
     if not directory.exists():
         staged.rename(directory)
@@ -220,4 +225,4 @@ def _move_into_place(staged: Path, directory: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     name = path.name
-    return name in (*_MARKERS, _INDEX) or (name.startswith("model") and name.endswith(".safetensors"))
+    return name in (*_MARKERS, INDEX_FILE) or (name.startswith("model") and name.endswith(".safetensors"))

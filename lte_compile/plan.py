@@ -1,13 +1,13 @@
 """The plan of a transformed model: what its routers are rebuilt from, as JSON. Their weights are saved beside it.
 
-{"format": 1, "sites": [{"site": {...}, "config": {...}, "stage": "hard", "rule": "threshold",
+{"format": 2, "sites": [{"site": {...}, "config": {...}, "stage": "hard", "rule": "threshold",
                          "threshold": 0.5, "score_quantiles": "0.01 0.02 ..."}, ...]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -15,11 +15,12 @@ from torch import nn
 from lte_compile.attach import attach_routers
 from lte_compile.config import Stage, TransformConfig, parse_stage
 from lte_compile.kernels.selection import find_rule
+from lte_compile.naming import current_sites, renamed
 from lte_compile.passes.ir import FfnSite
 from lte_compile.permutation import lay_out_neuron_major
 from lte_compile.routing import Router, require_routers, routers
 
-PLAN_FORMAT = 1  # raise it when a plan written now could be misread by an earlier version
+PLAN_FORMAT = 2  # raise it when a plan written now could be misread by an earlier version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,37 +134,28 @@ def _router(model: nn.Module, plan: SitePlan, site: FfnSite) -> Router:
 def finish_restoring(model: nn.Module) -> None:
     """What has to wait until the weights are there: the memory layout, and which routers train."""
     for router in routers(model):
-        lay_out_neuron_major(model, router.site)
+        if router.stage is Stage.HARD:  # it came to run; in the others it trains, and FSDP wants weights contiguous
+            lay_out_neuron_major(model, router.site)
         router.requires_grad_(router.stage is not Stage.HARD)
 
 
 def _site_plans(model: nn.Module) -> Iterator[SitePlan]:
-    for path, router in model.named_modules():
-        if isinstance(router, Router):
-            yield SitePlan(
-                site=_seen_from_outside(router.site, path),
-                config=router.config,
-                stage=router.stage,
-                rule=router.rule,
-                threshold=router.threshold,
-                score_quantiles=router.score_quantiles,
-            )
-
-
-def _seen_from_outside(site: FfnSite, router_path: str) -> FfnSite:
-    """The site with the names it has in a model around the one that was transformed."""
-    host, inner = router_path.rpartition(".")[0], site.first_projection.rpartition(".")[0]
-    if host == inner or not host.endswith(f".{inner}"):
-        return site
-    prefix = host.removesuffix(inner)
-    return _renamed(site, lambda name: prefix + name)
+    for router, site in current_sites(model).items():
+        yield SitePlan(
+            site=site,
+            config=router.config,
+            stage=router.stage,
+            rule=router.rule,
+            threshold=router.threshold,
+            score_quantiles=router.score_quantiles,
+        )
 
 
 def _locate(model: nn.Module, site: FfnSite) -> FfnSite | None:
     """The site under its own names, or with a transformers head put on or taken off; None if it is not there."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for rename in (str, lambda name: name.removeprefix(prefix), lambda name: prefix + name):
-        candidate = _renamed(site, rename)
+        candidate = renamed(site, rename)
         if all(_has_parameter(model, name) for name in candidate.parameters):
             return candidate
     return None
@@ -177,20 +169,3 @@ def _has_parameter(model: nn.Module, name: str) -> bool:
             return False
         module = module.get_submodule(part)
     return attribute in module._parameters
-
-
-def _renamed(site: FfnSite, rename: Callable[[str], str]) -> FfnSite:
-    def optional(name: str | None) -> str | None:
-        return None if name is None else rename(name)
-
-    return replace(
-        site,
-        up=rename(site.up),
-        gate=optional(site.gate),
-        down=rename(site.down),
-        up_bias=optional(site.up_bias),
-        gate_bias=optional(site.gate_bias),
-        down_bias=optional(site.down_bias),
-        hidden_parameters=tuple(map(rename, site.hidden_parameters)),
-        first_projection=rename(site.first_projection),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
@@ -76,6 +76,26 @@ class TrainingProgress:
         finally:
             self._bars.remove_task(task)
         self.say(f"{title}: {perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def counting(self, title: str, *, total: int) -> Iterator[Callable[[str], None]]:
+        """Show how many of `total` pieces are done. The block calls what it is given after each, with its name."""
+        task = None if self._bars is None else self._bars.add_task(title, total=total, measures="")
+        done = 0
+
+        def advance(name: str) -> None:
+            nonlocal done
+            done += 1
+            if self._bars is not None and task is not None:
+                self._bars.update(task, completed=done, measures=name)
+            elif done == total or done % max(total // LINES_PER_PHASE, 1) == 0:
+                self.say(f"{title} {done}/{total}, {name}")
+
+        try:
+            yield advance
+        finally:
+            if self._bars is not None and task is not None:
+                self._bars.remove_task(task)
 
     def say(self, text: str) -> None:
         """One line, above the bars where there are any."""

@@ -48,9 +48,10 @@ def centroid_router(
         raise ValueError(f"weights must be [neurons, width]; got {list(weights_FD.shape)}")
     _check_expert_size(expert_size, weights_FD.shape[0])
     _check_scale(density, threshold, logit_std)
-    rows_FD = torch.nn.functional.normalize(weights_FD.detach().float(), dim=1)
-    means_ED = torch.stack([rows_SD.mean(0) for rows_SD in torch.split(rows_FD, expert_size)])
-    w_router_ED = logit_std * torch.nn.functional.normalize(means_ED, dim=1)
+    normalize = torch.nn.functional.normalize
+    experts = torch.split(weights_FD.detach(), expert_size)  # one at a time in float32
+    means_ED = torch.stack([normalize(rows_SD.float(), dim=1).mean(0) for rows_SD in experts])
+    w_router_ED = logit_std * normalize(means_ED, dim=1)
     bias = _logit(threshold) + logit_std * NormalDist().inv_cdf(density)
     return w_router_ED, torch.full_like(w_router_ED[:, 0], bias)
 

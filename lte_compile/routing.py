@@ -1,10 +1,4 @@
-"""Routers and how they hook into a model's own modules.
-
-A transformed FFN keeps its modules and its parent's forward. The module of the first projection gains a child `router`
-and a forward pre-hook that computes the gates from its own input; the down-projection gains a pre-hook that scales its
-input by them through the anchor op `lte::gate_hidden`. Hooks rather than swapped classes: the leaf's type, pickling and
-deepcopy stay as they were, and torch.nn.TransformerEncoderLayer's fused path, which would bypass the rewrite, turns
-itself off when it sees one.
+"""Routers, and the stage that all routers of a model are in. lte_compile.attach puts them into a model.
 
 Shapes: D model width, F neurons, E experts, T any leading token dimensions.
 """
@@ -12,7 +6,7 @@ Shapes: D model width, F neurons, E experts, T any leading token dimensions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +15,7 @@ import lte_compile.kernels.ops  # noqa: F401  (registers the ops)
 from lte_compile.config import Stage, TransformConfig, parse_stage
 from lte_compile.kernels.selection import find_rule
 from lte_compile.passes.ir import FfnSite
+from lte_compile.recomputation import recomputing, rejoin_losses
 
 # The rule of each stage unless set_stage names another; the hard stage's is in the config.
 _STAGE_RULES = {Stage.DENSE: "dense", Stage.SOFT: "soft"}
@@ -61,7 +56,9 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Gates of shape [T, E] for inputs [T, D] (any leading dimensions)."""
         scores_TE = torch.ops.lte.route(x_TD, self.weight, self.bias)
-        if self.sink is not None and not _recomputing():
+        if recomputing():
+            scores_TE = rejoin_losses(self, scores_TE)
+        elif self.sink is not None:
             self.sink.record(self, scores_TE)
         gates_TE: Tensor = torch.ops.lte.select(scores_TE, self.rule, self.threshold)
         return gates_TE
@@ -88,72 +85,6 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         shape = f"{self.site.width} -> {self.num_experts} experts of {self.config.expert_size}"
         return f"{shape}, stage={self.stage.value}, rule={self.rule}, threshold={self.threshold:g}"
-
-
-def _recomputing() -> bool:
-    """True inside a backward pass, where gradient checkpointing runs the forward a second time."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-class Handover:
-    """Carries the gates from the first projection's hook to the down-projection's hook."""
-
-    def __init__(self) -> None:
-        self.gates_TE: Tensor | None = None
-
-
-class ComputeGates:
-    """Pre-hook of the first projection: its input is the FFN's input, so the router reads it here."""
-
-    def __init__(self, handover: Handover) -> None:
-        self.handover = handover
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x_TD = args[0] if args else next(iter(kwargs.values()))
-        router: Any = module.router
-        self.handover.gates_TE = router(x_TD.movedim(1, -1) if _channels_first(module) else x_TD)
-
-
-class ApplyGates:
-    """Pre-hook of the down-projection: scales its input, the hidden activation, by the gates."""
-
-    def __init__(self, handover: Handover, expert_size: int) -> None:
-        self.handover = handover
-        self.expert_size = expert_size
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        gates_TE, self.handover.gates_TE = self.handover.gates_TE, None
-        if gates_TE is None:
-            raise RuntimeError("the down-projection of a routed FFN ran before its first projection; no gates to apply")
-        name, hidden_TF = (None, args[0]) if args else next(iter(kwargs.items()))
-        gated_TF = _gate(hidden_TF, gates_TE, self.expert_size, _channels_first(module))
-        return ((gated_TF, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: gated_TF})
-
-
-def _channels_first(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
-def _gate(hidden: Tensor, gates_TE: Tensor, expert_size: int, channels_first: bool) -> Tensor:
-    hidden_TF = hidden.movedim(1, -1) if channels_first else hidden
-    if gates_TE.shape[:-1] != hidden_TF.shape[:-1]:  # the parent flattened tokens between the two projections
-        gates_TE = gates_TE.reshape(*hidden_TF.shape[:-1], gates_TE.shape[-1])
-    gated_TF: Tensor = torch.ops.lte.gate_hidden(hidden_TF, gates_TE, expert_size)
-    return gated_TF.movedim(-1, 1) if channels_first else gated_TF
-
-
-def attach_router(model: nn.Module, router: Router) -> None:
-    """Put `router` under its site's first projection and hook both projections. Parameters stay untouched."""
-    first = model.get_submodule(router.site.first_projection.rpartition(".")[0])
-    down = model.get_submodule(router.site.down.rpartition(".")[0])
-    handover = Handover()
-    first.add_module("router", router)
-    first.register_forward_pre_hook(ComputeGates(handover), with_kwargs=True)
-    down.register_forward_pre_hook(ApplyGates(handover, router.config.expert_size), with_kwargs=True)
 
 
 def routers(model: nn.Module) -> Iterator[Router]:

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lte_compile.padding import PaddingMasks, PaddingReader, drop_padding
 from lte_compile.passes.ir import FfnSite
+from lte_compile.recomputation import as_leaf
 from lte_compile.routing import Router, require_routers
 
 # The paper's separability term 1 / (score - tau)^2 is singular at tau. With this eps one expert's term is at most 100
@@ -49,10 +51,13 @@ class RouterTrace:
         self._names = names
         self._padding = padding
         self._records: list[RouterRecord] = []
+        self._gradients = torch.is_grad_enabled()
 
     def record(self, router: Router, scores_TE: Tensor) -> None:
         """Called by a router while the trace is open."""
         masks = self._padding.current
+        if self._gradients and not torch.is_grad_enabled() and router.weight.requires_grad:
+            scores_TE = as_leaf(router, scores_TE)
         self._records.append(RouterRecord(router, scores_TE, masks, router.active_rule, router.threshold))
 
     @property
@@ -133,7 +138,7 @@ def trace_routers(model: nn.Module, *, mask: Tensor | None = None) -> Iterator[R
     found = require_routers(model)
     if any(router.sink is not None for router in found):
         raise ValueError("this model is being traced already; trace_routers blocks cannot be nested")
-    model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper hides the signature
+    model = _unwrapped(model)
     reader = PaddingReader(model, mask)
     trace = RouterTrace(site_names(model), reader)
     with ExitStack() as stack:
@@ -142,6 +147,17 @@ def trace_routers(model: nn.Module, *, mask: Tensor | None = None) -> Iterator[R
             router.sink = trace
             stack.callback(setattr, router, "sink", None)
         yield trace
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that hide its signature and config: torch.compile's and those of data parallelism."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def site_names(model: nn.Module) -> dict[Router, str]:

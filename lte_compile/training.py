@@ -29,6 +29,7 @@ from lte_compile.checkpointing import (
 )
 from lte_compile.config import Stage
 from lte_compile.controller import DensityController
+from lte_compile.layouts import set_layout
 from lte_compile.losses import Batch, LossWeights, micro_batches, weighted_loss
 from lte_compile.modes import on_device
 from lte_compile.routing import require_routers, routers, set_stage
@@ -128,6 +129,8 @@ def train(
         _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
     if any(phase.trains_routers for phase in phases):
         calibrate(model, held_out)
+    if phases and phases[-1].stage is Stage.HARD:
+        set_layout(model, "neuron_major")
     return tuple(run.events)
 
 

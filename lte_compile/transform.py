@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from lte_compile.attach import attach_routers, host_modules
+from lte_compile.attach import attach_routers
 from lte_compile.calibration import down_norms
 from lte_compile.capture import Inputs, as_call
-from lte_compile.config import TransformConfig
-from lte_compile.grouping import GroupingRequest, group_neurons
+from lte_compile.config import Grouping, TransformConfig
+from lte_compile.grouping import GroupingRequest, check_expert_size, group_neurons
 from lte_compile.hf_registration import remember_plan
-from lte_compile.inspection import inspect, require_sites
+from lte_compile.inspection import Inspection, inspect, require_sites
+from lte_compile.meta import as_if_on_cpu, inputs_as_if_on_cpu, is_meta
 from lte_compile.modes import eval_mode
 from lte_compile.passes.ir import FfnSite
-from lte_compile.permutation import lay_out_neuron_major, permute_neurons, projection_rows
+from lte_compile.permutation import permute_neurons, projection_rows
+from lte_compile.places import locate, name_routers
 from lte_compile.router_init import centroid_router
 from lte_compile.routing import Router, routers
 
@@ -55,7 +58,8 @@ def transform(
 
     Raises:
         ValueError: no FFN was found (lists every candidate and why it was refused), the model is transformed already,
-            an expert would be larger than an FFN, or a weight is NaN or infinite. The model is unchanged then.
+            an expert would be larger than an FFN, a weight is NaN or infinite, or weights on the meta device are to
+            be reordered. The model is unchanged then.
     """
     config = config or TransformConfig()
     if isinstance(model, torch.export.ExportedProgram):
@@ -64,54 +68,59 @@ def transform(
         raise ValueError(f"transform takes an nn.Module, fx.GraphModule or ExportedProgram; got {type(model).__name__}")
     if any(routers(model)):
         raise ValueError(f"{type(model).__name__} is transformed already; load the dense model to transform it anew")
-    sites = require_sites(inspect(model, example_inputs))
+    inspection = inspect(model, example_inputs)
+    if not inspection.sites and (packed := _packed_layer(model)):
+        raise ValueError(
+            f"no FFN found: the weights of {packed} are quantized and packed, so their neurons cannot be reordered; "
+            "transform the model first and quantize it afterwards"
+        )
+    sites = _located(model, require_sites(inspection), example_inputs)
+    _mention_native_moe(inspection)
     planned = [_plan_site(model, site, config, activations or {}) for site in sites]
-    if not isinstance(model, fx.GraphModule):
-        _check_hosts(model, sites, example_inputs)
     attach_routers(model, [item.router for item in planned], example_inputs)
     for item in planned:
         permute_neurons(model, item.site, item.order_F)
-        lay_out_neuron_major(model, item.site)
     remember_plan(model)
     return model
 
 
-def _check_hosts(model: nn.Module, sites: Sequence[FfnSite], example_inputs: Inputs | None) -> None:
-    """Hooks need modules that are called, one per projection, and that do nothing but project."""
-    called = _called_modules(model, example_inputs)
-    for site in sites:
-        first, down = host_modules(site)
-        only_project = all(name in called and not any(model.get_submodule(name).children()) for name in (first, down))
-        if first == down or not only_project:
-            raise ValueError(_raw_parameter_message(model, site))
+def _mention_native_moe(inspection: Inspection) -> None:
+    if left := inspection.native_moe_sites:
+        which = f"{len(left)} sites of kind native_moe (experts the model has of itself, such as {left[0].down})"
+        rewritten = len(inspection.ffn_sites)
+        warnings.warn(f"{which} stay as they are; only its {rewritten} dense FFNs are rewritten", stacklevel=3)
 
 
-def _called_modules(model: nn.Module, example_inputs: Inputs | None) -> set[str]:
-    """Names of the submodules whose forward runs in one call of the model."""
-    called: set[str] = set()
-    with ExitStack() as stack:
-        for name, module in model.named_modules(remove_duplicate=False):
-            if name:
-                hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-                stack.callback(hook.remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(eval_mode(model))
-        call = as_call(model, example_inputs)
-        model(*call.args, **call.kwargs)
-    return called
+def _packed_layer(model: nn.Module) -> str | None:
+    """A layer whose weights are integers or packed objects: quantized before the transformation."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_integer = isinstance(weight, Tensor) and not weight.is_floating_point()
+        if is_integer or hasattr(module, "_packed_params") or hasattr(module, "qweight"):
+            return f"{name} ({type(module).__name__})"
+    return None
 
 
-def _raw_parameter_message(model: nn.Module, site: FfnSite) -> str:
-    return (
-        f"{type(model).__name__} computes the FFN {site.name or site.down!r} from parameters whose modules are not "
-        f"called to project ({site.first_projection}, {site.down}), so no router can be hooked in; export the model "
-        "with torch.export.export and transform the ExportedProgram, whose graph is rewritten instead"
-    )
+def _located(model: nn.Module, sites: Sequence[FfnSite], example_inputs: Inputs | None) -> tuple[FfnSite, ...]:
+    """The sites with the places where the model runs them; in a graph those are in its nodes."""
+    if isinstance(model, fx.GraphModule):
+        return tuple(name_routers(model, sites))
+
+    def run() -> None:
+        without_data = is_meta(model)
+        with torch.no_grad(), eval_mode(model), as_if_on_cpu(model) as fakes:
+            call = inputs_as_if_on_cpu(as_call(model, example_inputs), fakes)
+            with fakes if without_data else nullcontext():
+                model(*call.args, **call.kwargs)
+
+    return locate(model, sites, run)
 
 
 def _plan_site(
     model: nn.Module, site: FfnSite, config: TransformConfig, activations: Mapping[str, Tensor]
 ) -> _PlannedSite:
+    if any(model.get_parameter(name).is_meta for name in site.parameters):
+        return _plan_without_weights(model, site, config)
     for name in site.parameters:
         if not bool(torch.isfinite(model.get_parameter(name)).all()):
             raise ValueError(f"{name} holds NaN or infinity; repair the weights before transforming")
@@ -131,6 +140,19 @@ def _plan_site(
     router.load_initial(weight_ED, bias_E)
     router.train(model.training)
     return _PlannedSite(site, order_F, router)
+
+
+def _plan_without_weights(model: nn.Module, site: FfnSite, config: TransformConfig) -> _PlannedSite:
+    """A site on the meta device: its router is there too, and weights that come later keep their order."""
+    if config.grouping is not Grouping.CONTIGUOUS:
+        raise ValueError(
+            f"grouping {config.grouping.value!r} reorders weights, and {site.up} is on the meta device, without any; "
+            "convert the checkpoint with `lte-compile convert MODEL OUT`, which reads it layer by layer, load the "
+            "weights first, or keep their order with grouping='contiguous'"
+        )
+    check_expert_size(config.expert_size, site.hidden, site.name or "the model's FFN")
+    router = Router(site, config, like=model.get_parameter(site.up))
+    return _PlannedSite(site, torch.arange(site.hidden), router.train(model.training))
 
 
 def _contributions(model: nn.Module, site: FfnSite, hidden_NF: Tensor | None) -> Tensor | None:

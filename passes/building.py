@@ -27,12 +27,12 @@ class Builder:
     graph: CapturedGraph
     place: fx.Node
 
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node whose fake value is what `target` returns on the arguments' fake values."""
         with self._graph.inserting_before(self.place):
-            node: fx.Node = self._graph.create_node("call_function", target, args, name=_op_name(target))
+            node: fx.Node = self._graph.create_node("call_function", target, args, kwargs, name=_op_name(target))
         with fake_mode_of(self.place):
-            value = target(*map_arg(args, fake_value))
+            value = target(*map_arg(args, fake_value), **map_arg(kwargs, fake_value))
         return self._describe(node, value)
 
     def call_module(self, path: str, x: fx.Node) -> fx.Node:
@@ -47,9 +47,10 @@ class Builder:
     def parameter(self, name: str) -> fx.Node:
         """The node of a parameter; a new get_attr where the tracer kept its module whole and recorded none."""
         node: fx.Node
-        for node in self._graph.nodes:
-            if node.op in ("placeholder", "get_attr") and self.graph.parameters.get(node.name) == name:
-                return node
+        for op in ("placeholder", "get_attr"):
+            for node in self._graph.find_nodes(op=op, sort=False):
+                if self.graph.parameters.get(node.name) == name:
+                    return node
         tensor = self.graph.module.get_parameter(name)
         with self._graph.inserting_before(self.place):
             node = self._graph.get_attr(name)

@@ -19,12 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lte_compile.passes.ir import CapturedGraph
 
 CONSTANT_KEY = "lte_constant"  # node.meta key: the real tensor behind a placeholder that stands for a constant
+BUFFER_KEY = "lte_buffer"  # node.meta key: true where the tensor is a buffer or constant, not a parameter
+BRANCH_KEY = "lte_branch"  # node.meta key: the condition on data that decides whether the node runs at all
 
 # ATen ops that carry no `pointwise` tag and still keep every element where it is.
 _KEEPS_ELEMENTS = frozenset(
     ("clone", "_to_copy", "to", "alias", "detach", "detach_", "contiguous", "copy_", "lift_fresh", "lift_fresh_copy")
     + ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "empty_like", "zeros_like", "ones_like", "full_like")
     + ("fill_", "full", "scalar_tensor", "_assert_tensor_metadata")
+)
+# Element-wise functions that torch (some of them before 2.13) does not tag as such.
+UNTAGGED_POINTWISE = frozenset(
+    ("hardswish", "hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu", "leaky_relu_", "log_sigmoid")
+    + ("log_sigmoid_forward", "threshold_", "elu_", "celu_", "gelu_", "mish_", "abs_", "masked_fill_", "fill")
 )
 REGROUP_OPS = frozenset(("view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "squeeze"))
 TRANSPOSE_OPS = frozenset(("transpose", "permute", "t", "T", "numpy_T", "mT", "swapaxes", "swapdims"))
@@ -47,6 +54,7 @@ class GraphView:
     parameters: Mapping[str, str]
     order: Mapping[fx.Node, int]
     constants: frozenset[fx.Node]
+    buffers: frozenset[str] = frozenset()  # those of `parameters` that are buffers or constants
     pointwise_cache: dict[fx.Node, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -57,7 +65,9 @@ class GraphView:
             if _is_constant(node, captured.parameters, constants):
                 constants.add(node)
         order = {node: position for position, node in enumerate(nodes)}
-        return cls(captured.module, captured.parameters, order, frozenset(constants))
+        held = {node.name: bool(node.meta.get(BUFFER_KEY)) for node in nodes if node.name in captured.parameters}
+        buffers = frozenset(captured.parameters[name] for name, is_buffer in held.items() if is_buffer)
+        return cls(captured.module, captured.parameters, order, frozenset(constants), buffers)
 
     def parameter_name(self, node: fx.Node) -> str | None:
         """The parameter or buffer a placeholder or get_attr stands for."""
@@ -108,6 +118,8 @@ def float_hint(value: torch.SymFloat) -> float:
 def op_name(view: GraphView, node: fx.Node) -> str:
     """The op's bare name whatever the tracer wrote: aten.silu.default, F.silu, Tensor.silu and nn.SiLU are `silu`."""
     target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):  # their targets are names a model chose, such as `t` or `view`
+        return node.op
     if target is getattr and isinstance(node.args[1], str):  # `weight.T` under Dynamo
         return node.args[1]
     if node.op == "call_module":
@@ -160,13 +172,13 @@ def _runs_pointwise(view: GraphView, node: fx.Node) -> bool:
     try:
         with fakes, _Recorder() as recorder:
             call(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError):  # needs real data: cannot be element-wise on fakes alone
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # needs real data, or reads a field of a result
         return False
     return all(_keeps_elements(op) for op in recorder.ops if op.namespace != "prim")
 
 
 def _keeps_elements(op: torch._ops.OpOverload) -> bool:
-    return torch.Tag.pointwise in op.tags or op._schema.name.split("::")[1] in _KEEPS_ELEMENTS
+    return torch.Tag.pointwise in op.tags or op._schema.name.split("::")[1] in _KEEPS_ELEMENTS | UNTAGGED_POINTWISE
 
 
 def _callable(view: GraphView, node: fx.Node) -> Callable[..., Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,14 +11,25 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from lte_compile.kernels.program import is_program, parse_program
 from lte_compile.passes.anchors import arguments, lte_nodes, views_back
 from lte_compile.passes.building import LIMIT_REACHED, Builder
-from lte_compile.passes.dataflow import GraphView, argument, fake_value, op_name
-from lte_compile.passes.ir import CapturedGraph, Fusion, Level, PassReport, Rejection, WeightLayout
+from lte_compile.passes.dataflow import GraphView, argument, fake_value, op_name, shape_of
+from lte_compile.passes.ir import CapturedGraph, Fusion, Level, PassReport, Rejection
 from lte_compile.passes.layout import AlignedInputs, align, same_width_views, shaped_like
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.match import FfnMatch, FfnSearch, find_ffns
 from lte_compile.passes.probe import UNKNOWN
+from lte_compile.passes.program import ProgramError, reads_symbolic_numbers, region_program
+from lte_compile.passes.separate import (
+    cut_inputs,
+    cut_outputs,
+    look_through_joins,
+    separable,
+    weight_of,
+    write_other_inputs,
+    write_other_outputs,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,8 @@ class FuseExperts:
 
     1. Weights are the graph's own parameters: transposed where stored [in, out], sliced where gate and up share one.
     2. x and gates are the views of them whose tokens line up; the result takes the shape of the replaced node.
-    3. What lte.expert_ffn cannot express keeps the anchor form, with the reason in the report.
+    3. A region that is no named activation goes into the node as a region program, with the constants it reads.
+    4. What lte.expert_ffn cannot express keeps the anchor form, with the reason in the report.
     """
 
     name: ClassVar[str] = "fuse-experts"
@@ -41,6 +54,7 @@ class FuseExperts:
         anchors = list(lte_nodes(graph, "gate_hidden"))
         if not anchors:
             return PassReport(name=self.name)
+        look_through_joins(graph)
         search = find_ffns(graph)
         view = GraphView.of(graph)
         by_anchor = {match.anchor: match for match in search.matches}
@@ -65,6 +79,8 @@ class _Plan:
     inputs: AlignedInputs
     expert_size: int
     expert_offsets: fx.Node | None
+    activation: str
+    constants: tuple[fx.Node, ...]
 
 
 def _refusal(match: FfnMatch, reason: str) -> Rejection:
@@ -97,15 +113,22 @@ def _plan(view: GraphView, match: FfnMatch, anchor: fx.Node) -> _Plan | str:
     inputs = align(x_views, given["gates"], match.down.result)
     if inputs is None:
         return "its input, gates and result group tokens differently"
-    return _Plan(inputs, given["expert_size"], given["expert_offsets"])
+    activation = match.site.activation
+    constants: tuple[fx.Node, ...] = ()
+    if activation == UNKNOWN or reads_symbolic_numbers(match):
+        try:
+            found = region_program(view, match)
+        except ProgramError as error:
+            return f"no kernel can be generated for its hidden region: {error}"
+        activation, constants = str(found.program), found.constants
+    return _Plan(inputs, given["expert_size"], given["expert_offsets"], activation, constants)
 
 
 def _obstacle(view: GraphView, match: FfnMatch, anchor: fx.Node) -> str | None:
-    site = match.site
-    if site.hidden_parameters:
-        return f"its activation reads per-neuron parameters ({', '.join(site.hidden_parameters)})"
-    if site.activation == UNKNOWN:
-        return "its activation is none that lte.expert_ffn knows"
+    if updated := next((linear for linear in match.linears if linear.factors), None):
+        return f"unmerged LoRA: `{updated.label}` has a low-rank update; merge the adapter first"
+    if shared := next((linear for linear in match.linears if not separable(view, linear)), None):
+        return f"`{shared.label}` also serves a layer that reads it whole"
     if not all(linear.is_last_axis for linear in match.linears):
         return "a projection reads or writes another axis than the last"
     if anchor not in views_back(match.down.data):
@@ -117,7 +140,8 @@ def _obstacle(view: GraphView, match: FfnMatch, anchor: fx.Node) -> str | None:
 
 def _dtype_obstacle(view: GraphView, match: FfnMatch) -> str | None:
     """The op reads x and all weights in one dtype. Under autocast it casts them itself, but not through casts."""
-    parameters = [node for node in view.constants if view.parameter_name(node) in match.site.parameters]
+    names = set(match.site.parameters) - set(match.site.hidden_parameters)
+    parameters = [node for node in view.constants if view.parameter_name(node) in names]
     direct = {node for linear in match.linears for node in linear.node.all_input_nodes}
     read = [match.projections[0].data] if any(node not in direct for node in parameters) else []
     dtypes = {value.dtype for node in (*parameters, *read) if isinstance(value := fake_value(node), Tensor)}
@@ -149,40 +173,58 @@ def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan, became: dict[fx
     w_gate, b_gate = (None, None)
     if gate is not None:
         w_gate, b_gate = _projection(builder, match, gate, second=not _up_is_second(match.site.fusion))
-    w_down = _weight(builder, match.down)
-    b_down = None if match.down.bias is None else builder.parameter(match.down.bias)
+    w_down = cut_inputs(builder, match.down)
+    rest = None if match.down.whole is None else write_other_inputs(builder, GraphView.of(graph), match.down)
+    b_down = None if match.down.bias is None or rest is not None else builder.parameter(match.down.bias)
     optional: tuple[Any, ...] = () if plan.expert_offsets is None else (plan.expert_offsets,)
+    if plan.constants:
+        optional = (plan.expert_offsets, [_constant(builder, node) for node in plan.constants])
     fused = builder.call(
         torch.ops.lte.expert_ffn.default,
         *(became.get(plan.inputs.x, plan.inputs.x), plan.inputs.gates, w_up, w_gate, w_down, b_up, b_gate, b_down),
-        *(match.site.activation, plan.expert_size, *optional),
+        *(plan.activation, plan.expert_size, *optional),
     )
-    became[replaced] = result = shaped_like(builder, fused, replaced)
+    result = shaped_like(builder, fused, replaced)
+    became[replaced] = result = result if rest is None else builder.call(torch.ops.aten.add.Tensor, rest, result)
     replaced.replace_all_uses_with(result)
+    for part in match.projections:
+        if part.whole is not None:
+            write_other_outputs(graph, part)
     _drop_asserts(graph, match)
-    return f"{match.site.name or match.site.down}: {len(match.region) + len(match.linears)} nodes became {fused.name}"
+    label, count = match.site.name or match.site.down, len(match.region) + len(match.linears)
+    return f"{label}: {count} nodes became {fused.name}{_hidden_note(plan.activation)}"
+
+
+def _hidden_note(activation: str) -> str:
+    """For the report: nothing for a named activation."""
+    if not is_program(activation):
+        return ""
+    return f", its hidden region a program of {len(parse_program(activation).instructions)} operations"
+
+
+def _constant(builder: Builder, node: fx.Node) -> fx.Node:
+    """A constant of the region as the op wants it: a tensor of one axis, or of one element."""
+    if isinstance(fake_value(node), torch.SymFloat):
+        result = fake_value(builder.place)
+        dtype = torch.float64 if result.dtype == torch.float64 else torch.float32
+        return builder.call(torch.ops.aten.scalar_tensor.default, node, dtype=dtype, device=result.device)
+    size = math.prod(shape_of(node))
+    return node if size == 1 or len(shape_of(node)) == 1 else builder.reshape(node, [size])
 
 
 def _up_is_second(fusion: Fusion) -> bool:
     return fusion in (Fusion.GATE_THEN_UP, Fusion.INTERLEAVED_GATE_FIRST)
 
 
-def _weight(builder: Builder, linear: Linear) -> fx.Node:
-    """The layer's weight in nn.Linear orientation, [out, in]."""
-    assert linear.weight is not None
-    node = builder.parameter(linear.weight)
-    return builder.call(torch.ops.aten.t.default, node) if linear.layout is WeightLayout.IN_OUT else node
-
-
 def _projection(builder: Builder, match: FfnMatch, linear: Linear, *, second: bool) -> tuple[fx.Node, fx.Node | None]:
-    """Weight [F, D] and bias [F] of up or gate; of a fused projection the rows of the first or second part."""
-    weight = _weight(builder, linear)
-    bias = None if linear.bias is None else builder.parameter(linear.bias)
+    """Weight [F, D] and bias [F] of up or gate; of a projection with other outputs too, the rows that are its own."""
     if match.site.fusion is Fusion.SEPARATE:
-        return weight, bias
-    rows = _rows(match.site.fusion, match.site.hidden, second)
-    cut = torch.ops.aten.slice.Tensor
-    return builder.call(cut, weight, 0, *rows), bias and builder.call(cut, bias, 0, *rows)
+        if linear.whole is None:
+            bias = None if linear.bias is None else builder.parameter(linear.bias)
+            return weight_of(builder, linear), bias
+        return cut_outputs(builder, linear, (linear.start, linear.start + linear.out_width, 1))
+    start, end, step = _rows(match.site.fusion, match.site.hidden, second)
+    return cut_outputs(builder, linear, (linear.start + start, linear.start + end, step))
 
 
 def _rows(fusion: Fusion, hidden: int, second: bool) -> tuple[int, int, int]:

@@ -21,6 +21,11 @@ class Level(StrEnum):
     LOWERED = "lowered"
 
 
+class SiteKind(StrEnum):
+    FFN = "ffn"
+    NATIVE_MOE = "native_moe"  # experts the model has of itself, stacked in 3-d parameters: reported, never rewritten
+
+
 class WeightLayout(StrEnum):
     """How a projection's 2-d parameter lies: nn.Linear stores [out, in], GPT-2's Conv1D [in, out]."""
 
@@ -36,6 +41,21 @@ class Fusion(StrEnum):
     UP_THEN_GATE = "up_then_gate"
     INTERLEAVED_GATE_FIRST = "interleaved_gate_first"  # rows 0, 2, 4 ... gate
     INTERLEAVED_UP_FIRST = "interleaved_up_first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in a model an FFN runs: names of modules, "" being the model itself.
+
+    `first` and `down` are called with the FFN's input and with its hidden value and do nothing to them but project;
+    None where a forward multiplies by the weight itself. `wrapper` is a module around `down` that hands the hidden
+    value on to `down` and to a low-rank update. `scope` runs the whole FFN and owns its weights, perhaps in submodules.
+    """
+
+    scope: str
+    first: str | None
+    down: str | None
+    wrapper: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +79,21 @@ class FfnSite:
     gate_bias: str | None = None
     down_bias: str | None = None
     up_layout: WeightLayout = WeightLayout.OUT_IN
+    gate_layout: WeightLayout = WeightLayout.OUT_IN
     down_layout: WeightLayout = WeightLayout.OUT_IN
     fusion: Fusion = Fusion.SEPARATE
     hidden_parameters: tuple[str, ...] = ()  # per-neuron parameters (length F) inside the element-wise region
     first_projection: str = ""  # weight of whichever of up and gate runs first: its module hosts the router
+    kind: SiteKind = SiteKind.FFN
+    experts: int = 1  # how many matrices each weight stacks: 1 but for native MoE
+    up_start: int = 0  # first of the FFN's rows in `up`, where that weight also projects to something else
+    gate_start: int = 0
+    down_start: int = 0  # first of the FFN's columns in `down`, where that also reads something else (attention)
+    up_low_rank: tuple[str, ...] = ()  # second factors of low-rank updates (LoRA's B) that are added to up's result
+    gate_low_rank: tuple[str, ...] = ()
+    down_low_rank: tuple[str, ...] = ()  # first factors (LoRA's A) of updates that read the hidden value beside `down`
+    places: tuple[Place, ...] = ()  # empty: `first_projection` and `down` are weights of modules called to project
+    router: str = ""  # where its router lives, if not under the module of `first_projection`
 
     @property
     def name(self) -> str:
@@ -79,7 +110,14 @@ class FfnSite:
     def parameters(self) -> tuple[str, ...]:
         """Every parameter name of the site, weights first, without repeats."""
         names = (self.up, self.gate, self.down, self.up_bias, self.gate_bias, self.down_bias, *self.hidden_parameters)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
+        low_rank = (*self.up_low_rank, *self.gate_low_rank, *self.down_low_rank)
+        return tuple(dict.fromkeys(name for name in (*names, *low_rank) if name is not None))
+
+    @property
+    def router_path(self) -> str:
+        """The name of the router module: of its own, or `router` beside the first projection's weight."""
+        owner = self.first_projection.rpartition(".")[0]
+        return self.router or (f"{owner}.router" if owner else "router")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` is its inverse."""
@@ -91,11 +129,23 @@ class FfnSite:
         if unknown := sorted(set(record) - known):
             raise ValueError(f"FFN site record has unknown fields {unknown}; known are {sorted(known)}")
         values = dict(record)
-        for key, enum in (("up_layout", WeightLayout), ("down_layout", WeightLayout), ("fusion", Fusion)):
+        values.setdefault("gate_layout", values.get("up_layout", WeightLayout.OUT_IN))  # older records say it once
+        for key, enum in _SITE_ENUMS:
             if key in values:
                 values[key] = enum(values[key])
-        values["hidden_parameters"] = tuple(values.get("hidden_parameters", ()))
+        for key in ("hidden_parameters", "up_low_rank", "gate_low_rank", "down_low_rank"):
+            values[key] = tuple(values.get(key, ()))
+        values["places"] = tuple(Place(**place) for place in values.get("places", ()))
         return cls(**values)
+
+
+_SITE_ENUMS = (
+    ("up_layout", WeightLayout),
+    ("gate_layout", WeightLayout),
+    ("down_layout", WeightLayout),
+    ("fusion", Fusion),
+    ("kind", SiteKind),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

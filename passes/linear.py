@@ -13,6 +13,7 @@ from torch import nn
 
 from lte_compile.passes.dataflow import CAST_OPS, TRANSPOSE_OPS, GraphView, argument, is_tensor, op_name, shape_of
 from lte_compile.passes.ir import WeightLayout
+from lte_compile.passes.moe import PICK_OPS, bank_size, bias_bank, picked_from
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,7 +23,11 @@ class Linear:
     """One linear layer: `result = data @ weight + bias` along `axis` of data and `out_axis` of the result.
 
     `node` does the product; `result` is the node after a separately added bias, else `node` itself. `problem` says
-    why its weight cannot be an FFN's (computed, a bank of experts ...), None when it can.
+    why its weight cannot be an FFN's, None when it can. `experts` counts the matrices its weight stacks.
+
+    A part of a layer (passes/parts.py) has `whole`, and `start` says where its rows or columns begin. A layer with
+    low-rank updates (passes/low_rank.py) has their two `factors` each, the one that reads `data` first. `readers` are
+    what else reads `data` for the layer: the nodes of its updates, the `cat` in front of a part.
     """
 
     node: fx.Node
@@ -36,6 +41,11 @@ class Linear:
     bias: str | None
     layout: WeightLayout
     problem: str | None = None
+    experts: int = 1
+    start: int = 0
+    whole: Linear | None = None
+    readers: tuple[fx.Node, ...] = ()
+    factors: tuple[tuple[Linear, Linear], ...] = ()
 
     @property
     def label(self) -> str:
@@ -98,12 +108,11 @@ def _named(view: GraphView, node: fx.Node, operands: _Operands) -> Linear:
     assert isinstance(data, fx.Node)
     assert isinstance(weight, fx.Node)
     axis, out_axis = operands.axis % len(shape_of(data)), operands.out_axis % len(shape_of(node))
-    weight_name, flipped = _parameter(view, weight)
-    bias_name = _parameter(view, operands.bias)[0] if isinstance(operands.bias, fx.Node) else None
+    weight_name, flipped = _parameter(view, weight, picks=True)
+    experts = bank_size(weight, picked_from(view, weight))
+    bias_name = _parameter(view, operands.bias, picks=experts > 1)[0] if isinstance(operands.bias, fx.Node) else None
     problem = None
-    if any(size != 1 for size in shape_of(weight)[2:]):
-        problem = f"its weight has shape {list(shape_of(weight))}: a bank of experts, not one matrix"
-    elif weight_name is None or (flipped and len(shape_of(weight)) > 2):
+    if weight_name is None or (experts == 1 and (_is_stack(weight) or picked_from(view, weight) is not None)):
         problem = "its weight is not a parameter but computed in the graph"
     elif isinstance(operands.bias, fx.Node) and bias_name is None:
         problem = "its bias is not a parameter but computed in the graph"
@@ -119,7 +128,13 @@ def _named(view: GraphView, node: fx.Node, operands: _Operands) -> Linear:
         bias=bias_name,
         layout=WeightLayout.IN_OUT if operands.in_out != flipped else WeightLayout.OUT_IN,
         problem=problem,
+        experts=experts,
     )
+
+
+def _is_stack(weight: fx.Node) -> bool:
+    """More than a matrix, which may have axes of size 1 behind it as a 1x1 convolution's has."""
+    return any(size != 1 for size in shape_of(weight)[2:])
 
 
 def parameter_behind(view: GraphView, node: fx.Node) -> str | None:
@@ -127,8 +142,8 @@ def parameter_behind(view: GraphView, node: fx.Node) -> str | None:
     return _parameter(view, node)[0]
 
 
-def _parameter(view: GraphView, node: fx.Node) -> tuple[str | None, bool]:
-    """Name, and whether the last two axes are swapped on the way."""
+def _parameter(view: GraphView, node: fx.Node, picks: bool = False) -> tuple[str | None, bool]:
+    """Name, and whether the last two axes are swapped on the way. `picks` looks through the picking of an expert."""
     flipped = False
     while (name := view.parameter_name(node)) is None:
         op, source = op_name(view, node), node.args[0] if node.args else None
@@ -136,7 +151,7 @@ def _parameter(view: GraphView, node: fx.Node) -> tuple[str | None, bool]:
             return None, flipped
         if op in TRANSPOSE_OPS:
             flipped ^= shape_of(node) != shape_of(source) or _swaps(node)
-        elif op not in CAST_OPS:
+        elif op not in CAST_OPS and not (picks and op in PICK_OPS and picked_from(view, node) is not None):
             return None, flipped
         node = source
     return name, flipped
@@ -158,17 +173,27 @@ def _with_added_bias(view: GraphView, linear: Linear) -> Linear:
         return linear
     add = users[0]
     others = [source for source in add.all_input_nodes if source is not linear.node]
-    if len(others) != 1 or others[0] not in view.constants or shape_of(others[0]) != (linear.out_width,):
+    if len(others) != 1:
         return linear
-    name = parameter_behind(view, others[0])
+    name = _added_parameter(view, linear, others[0])
     on_last_axis = linear.out_axis == len(shape_of(linear.node)) - 1 and shape_of(add) == shape_of(linear.node)
     if name is None or not on_last_axis or add.kwargs.get("alpha", 1) != 1:
         return linear
     return replace(linear, result=add, bias=name)
 
 
+def _added_parameter(view: GraphView, linear: Linear, node: fx.Node) -> str | None:
+    if linear.experts > 1:
+        return bias_bank(view, node, linear.experts, linear.out_width)
+    is_vector = node in view.constants and shape_of(node) == (linear.out_width,)
+    return parameter_behind(view, node) if is_vector else None
+
+
 def _constant(view: GraphView, node: object, rank: int = 2) -> bool:
-    return isinstance(node, fx.Node) and node in view.constants and len(shape_of(node)) >= rank
+    """Depends on parameters only, but for which expert's part of them it is."""
+    if not isinstance(node, fx.Node) or len(shape_of(node)) < rank:
+        return False
+    return node in view.constants or picked_from(view, node) is not None
 
 
 def _read_linear(view: GraphView, node: fx.Node) -> _Operands | None:
@@ -228,13 +253,13 @@ def _read_einsum(view: GraphView, node: fx.Node) -> _Operands | None:
     inputs, output = equation.replace(" ", "").replace("...", "_").split("->")
     labels = inputs.split(",")
     weight_at = [index for index in (0, 1) if _constant(view, operands[index])]
-    if len(weight_at) != 1 or "_" in labels[weight_at[0]] or len(labels[weight_at[0]]) != 2:
+    if len(weight_at) != 1 or "_" in labels[weight_at[0]] or len(labels[weight_at[0]]) not in (2, 3):
         return None
     return _einsum_operands(operands, labels, output, weight_at[0])
 
 
 def _einsum_operands(operands: list[fx.Node], labels: list[str], output: str, weight_at: int) -> _Operands | None:
-    weight, data = labels[weight_at], labels[1 - weight_at]
+    weight, data = labels[weight_at][-2:], labels[1 - weight_at]  # a bank's first axis counts experts
     contracted = [label for label in weight if label in data and label not in output]
     produced = [label for label in weight if label not in data and label in output]
     if len(contracted) != 1 or len(produced) != 1:
@@ -260,7 +285,7 @@ _READERS: dict[str, Callable[[GraphView, fx.Node], _Operands | None]] = {
     "mm": _read_matmul,
     "matmul": _read_matmul,
     "__matmul__": _read_matmul,
-    "bmm": _read_grouped,
+    "bmm": _read_matmul,
     "_grouped_mm": _read_grouped,
     "grouped_mm": _read_grouped,
     "grouped_mm_fallback": _read_grouped,  # transformers' own op for its expert banks

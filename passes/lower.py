@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
+from lte_compile.kernels.program import is_program
 from lte_compile.passes.anchors import arguments, computed_value, is_lte, lte_nodes
 from lte_compile.passes.building import LIMIT_REACHED, Builder
 from lte_compile.passes.ir import CapturedGraph, Level, PassReport, Rejection
@@ -41,7 +42,7 @@ class LowerSparse:
     def __call__(self, graph: CapturedGraph) -> PassReport:
         changes: list[str] = []
         refusals = [
-            Rejection(node=anchor.name, reason="it is no lte.expert_ffn: fuse-experts left it alone")
+            Rejection(node=anchor.name, reason="it is no lte.expert_ffn: fuse-experts left it alone, in reference form")
             for anchor in lte_nodes(graph, "gate_hidden")
         ]
         for node in list(lte_nodes(graph, "expert_ffn")):
@@ -79,14 +80,21 @@ def _rewrite(graph: CapturedGraph, node: fx.Node) -> str:
     selection = arguments(computed_value(given["gates"]))
     router = arguments(computed_value(selection["scores"]))
     weights = (given[name] for name in ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down"))
-    offsets: tuple[Any, ...] = () if given["expert_offsets"] is None else (given["expert_offsets"],)
+    optional: tuple[Any, ...] = () if given["expert_offsets"] is None else (given["expert_offsets"],)
+    if given["constants"]:
+        optional = (given["expert_offsets"], given["constants"])
     lowered = Builder(graph, node).call(
         torch.ops.lte.sparse_ffn.default,
         *(given["x"], router["weight"], router["bias"], *weights),
-        *(given["activation"], given["expert_size"], selection["tau"], *offsets),
+        *(given["activation"], given["expert_size"], selection["tau"], *optional),
     )
     node.replace_all_uses_with(lowered)
-    return f"{_down_name(graph, node)}: {node.name} became {lowered.name}"
+    return f"{_down_name(graph, node)}: {node.name} became {lowered.name}, kernel {_kernel(given['activation'])}"
+
+
+def _kernel(activation: str) -> str:
+    """Where the GPU kernel gets the hidden function from, for the report."""
+    return "generated" if is_program(activation) else f"named {activation}"
 
 
 def _down_name(graph: CapturedGraph, node: fx.Node) -> str | None:

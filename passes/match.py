@@ -11,17 +11,19 @@ Every linear layer that is part of no site is returned as a `Rejection` with the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch.fx as fx
 
-from lte_compile.passes.dataflow import GraphView, shape_of
-from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, Rejection
-from lte_compile.passes.linear import Linear, find_linears, parameter_behind
+from lte_compile.passes.constants import computed_constants, neuron_parameters
+from lte_compile.passes.dataflow import BRANCH_KEY, GraphView
+from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, Rejection, SiteKind
+from lte_compile.passes.linear import Linear, find_linears
+from lte_compile.passes.low_rank import join_updates
+from lte_compile.passes.parts import input_parts, with_output_parts
 from lte_compile.passes.probe import Finding, ProbeError, Region, probe
-from lte_compile.passes.reasons import Refusal, explain, low_rank_reader, low_rank_update
+from lte_compile.passes.reasons import Refusal, explain, inside_higher_order, low_rank_reader, low_rank_update
 from lte_compile.passes.region import escape, reachable, second_entry
 from lte_compile.passes.shared import FfnMatch, refuse_shared_weights
 from lte_compile.passes.steps import Blocked
@@ -32,10 +34,14 @@ __all__ = ["FfnMatch", "FfnSearch", "find_ffns"]
 
 @dataclass(frozen=True)
 class FfnSearch:
-    """What a search found: a match per place in the graph, and why every other linear layer is no FFN's."""
+    """What a search found: a match per place in the graph, and why every other linear layer is no FFN's.
+
+    `native_moe` are the FFNs of experts that the model has of itself, which no pass rewrites.
+    """
 
     matches: tuple[FfnMatch, ...]
     rejections: tuple[Rejection, ...]
+    native_moe: tuple[FfnMatch, ...] = ()
 
     @property
     def sites(self) -> tuple[FfnSite, ...]:
@@ -46,19 +52,23 @@ class FfnSearch:
 def find_ffns(captured: CapturedGraph) -> FfnSearch:
     """All FFNs of a captured graph, and a reason for every linear layer that belongs to none."""
     view = GraphView.of(captured)
-    linears = find_linears(view)
+    linears = join_updates(view, find_linears(view))
     by_result = {linear.result: linear for linear in linears}
-    verdicts = {linear: _examine(view, by_result, linear) for linear in linears}
+    with_parts = with_output_parts(view, by_result)
+    verdicts = {linear: _judge(view, by_result, with_parts, linear) for linear in linears}
     verdicts = refuse_shared_weights(view, verdicts)
-    matches = tuple(verdict for verdict in verdicts.values() if isinstance(verdict, FfnMatch))
-    return FfnSearch(matches, tuple(_rejections(view, by_result, verdicts)))
+    found = [verdict for verdict in verdicts.values() if isinstance(verdict, FfnMatch)]
+    matches = tuple(match for match in found if match.site.kind is SiteKind.FFN)
+    native_moe = tuple(match for match in found if match.site.kind is SiteKind.NATIVE_MOE)
+    return FfnSearch(matches, tuple(_rejections(view, by_result, verdicts)), native_moe)
 
 
 def _rejections(
     view: GraphView, linears: Mapping[fx.Node, Linear], verdicts: Mapping[Linear, FfnMatch | Refusal]
 ) -> Iterator[Rejection]:
     """One per linear layer outside of all sites; a producer of a refused FFN shares its reason."""
-    used = {linear for verdict in verdicts.values() if isinstance(verdict, FfnMatch) for linear in verdict.linears}
+    matches = [verdict for verdict in verdicts.values() if isinstance(verdict, FfnMatch)]
+    used = {linear.whole or linear for match in matches for linear in match.linears}
     blamed = {up: down for down, v in verdicts.items() if isinstance(v, Refusal) and v.final for up in v.producers}
     for linear, verdict in verdicts.items():
         if linear in used or isinstance(verdict, FfnMatch):
@@ -73,6 +83,26 @@ def _rejections(
         else:
             reason = explain(view, linears, linear, verdict.reason)
         yield Rejection(node=linear.node.name, parameter=linear.weight, reason=reason)
+    for linear in linears.values():
+        for factor in (factor for pair in linear.factors for factor in pair):
+            reason = f"low-rank update (LoRA adapter) of `{linear.label}`, no FFN of its own"
+            yield Rejection(node=factor.node.name, parameter=factor.weight, reason=reason)
+    yield from inside_higher_order(view)
+
+
+def _judge(
+    view: GraphView, linears: Mapping[fx.Node, Linear], with_parts: Mapping[fx.Node, Linear], down: Linear
+) -> FfnMatch | Refusal:
+    """What `down` is with whole layers, or else with parts of them, which are looked at last as they are rare."""
+    verdict = _examine(view, linears, down)
+    if isinstance(verdict, FfnMatch):
+        return verdict
+    has_parts = len(with_parts) > len(linears)
+    for part in (*([down] if has_parts else []), *input_parts(view, down)):
+        found = _examine(view, with_parts, part)
+        if isinstance(found, FfnMatch):
+            return found
+    return verdict
 
 
 def _examine(view: GraphView, linears: Mapping[fx.Node, Linear], down: Linear) -> FfnMatch | Refusal:
@@ -83,6 +113,8 @@ def _examine(view: GraphView, linears: Mapping[fx.Node, Linear], down: Linear) -
     x = common_input(view, walk.ups)
     if x is None:
         return _different_inputs(view, linears, walk)
+    if any(up.factors for up in walk.ups):  # an update may read x before it is viewed or cast for its layer
+        x = tensor_behind(view, x)
     refusal = (
         _width_refusal(walk, down) or _weight_refusal(view, walk, down) or _flow_refusal(view, linears, walk, down, x)
     )
@@ -108,7 +140,7 @@ def _width_refusal(walk: Walk, down: Linear) -> Refusal | None:
         return Refusal(reason, ups, final=True)
     if width != down.out_width:
         return Refusal(f"its output width {down.out_width} differs from the model width {width}")
-    if plain and hidden <= width:
+    if plain and hidden <= width and down.experts == 1:
         return Refusal(f"its hidden width {hidden} does not exceed the model width {width}", ups, final=True)
     return None
 
@@ -117,17 +149,20 @@ def _flow_refusal(
     view: GraphView, linears: Mapping[fx.Node, Linear], walk: Walk, down: Linear, x: fx.Node
 ) -> Refusal | None:
     ups = tuple(walk.ups)
-    outputs = {node for up in ups for node in (up.node, up.result)}
+    outputs = {up.result for up in ups}
     downstream = reachable(view, outputs, down.node)
     for side, reader in walk.sides:
         if side in downstream:
             reason = f"hidden units interact: `{reader.name}` reads `{side.name}`, which is computed from all of them"
             return Refusal(reason, ups, final=True)
-    if found := escape(view, walk.nodes | outputs, {down.node}):
+    if found := escape(view, walk.nodes | outputs, {down.node, *down.readers}):
         value, user = found
         reason = f"its hidden value `{value.name}` has another user, `{user.name}`"
         return Refusal(low_rank_reader(view, linears, user, down) or reason, ups, final=True)
-    if entry := second_entry(view, x, down.node, ignored=walk.gates):
+    if down.experts > 1:  # which expert a token goes to is decided outside
+        return None
+    end = down.data if down.whole else down.node
+    if entry := second_entry(view, x, end, ignored=walk.gates):
         reason = f"its hidden value also depends on `{entry.name}`, which does not come from the FFN's input `{x.name}`"
         return Refusal(reason, ups, final=True)
     return None
@@ -136,28 +171,31 @@ def _flow_refusal(
 def _weight_refusal(view: GraphView, walk: Walk, down: Linear) -> Refusal | None:
     ups = tuple(walk.ups)
     for linear in (*ups, down):
+        if condition := linear.node.meta.get(BRANCH_KEY):
+            reason = f"data-dependent control flow: {condition} decides whether it runs, and only one side was traced"
+            return Refusal(reason, ups, final=True)
         if linear.problem:
             return Refusal(f"`{linear.label}`: {linear.problem}", ups, final=True)
-    for constant in walk.hidden_constants:
-        if _neuron_parameter(view, constant, down.in_width) is None:
+        if held := next((name for name in (linear.weight, linear.bias) if name in view.buffers), None):
+            return Refusal(f"`{held}` is a buffer or constant, not a parameter", ups, final=True)
+        if linear.experts != down.experts:
+            reason = f"`{linear.label}` stacks {linear.experts} matrices and `{down.label}` {down.experts}"
+            return Refusal(reason, ups, final=True)
+    for constant in walk.hidden_constants if down.experts == 1 else ():
+        if neuron_parameters(view, tensor_behind(view, constant), down.in_width) is None:
             reason = f"the per-neuron constant `{constant.name}` is not a parameter with one value per neuron"
             return Refusal(reason, ups, final=True)
     return None
 
 
-def _neuron_parameter(view: GraphView, node: fx.Node, hidden: int) -> str | None:
-    behind = tensor_behind(view, node)
-    return parameter_behind(view, behind) if math.prod(shape_of(behind)) == hidden else None
-
-
 def _verified(view: GraphView, walk: Walk, down: Linear, x: fx.Node) -> FfnMatch | Refusal:
     """The match, after running its region on random data."""
     ups = tuple(walk.ups)
-    nodes = tuple(sorted(walk.nodes, key=lambda node: view.order[node]))
+    nodes = _sorted(view, walk.nodes)
     region = Region(
         ups=tuple(up.result for up in ups),
         axes=tuple(up.out_axis for up in ups),
-        nodes=nodes,
+        nodes=_sorted(view, walk.nodes | computed_constants(view, walk.nodes, down.in_width)),
         output=down.data,
         axis=down.axis,
     )
@@ -182,17 +220,34 @@ def _verified(view: GraphView, walk: Walk, down: Linear, x: fx.Node) -> FfnMatch
         gate_bias=None if gate is None else gate.bias,
         down_bias=down.bias,
         up_layout=up.layout,
+        gate_layout=(gate or up).layout,
         down_layout=down.layout,
         fusion=finding.fusion,
         hidden_parameters=_neuron_parameters(view, walk, down.in_width),
         first_projection=_name(ups[0]),
+        kind=SiteKind.FFN if down.experts == 1 else SiteKind.NATIVE_MOE,
+        experts=down.experts,
+        up_start=up.start,
+        gate_start=0 if gate is None else gate.start,
+        down_start=down.start,
+        up_low_rank=_factors(up, 1),
+        gate_low_rank=() if gate is None or gate is up else _factors(gate, 1),
+        down_low_rank=_factors(down, 0),
     )
     return FfnMatch(site, x, up, gate, down, nodes, walk.anchor)
 
 
+def _sorted(view: GraphView, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    return tuple(sorted(nodes, key=lambda node: view.order[node]))
+
+
 def _neuron_parameters(view: GraphView, walk: Walk, hidden: int) -> tuple[str, ...]:
-    names = (_neuron_parameter(view, constant, hidden) for constant in walk.hidden_constants)
-    return tuple(sorted({name for name in names if name is not None}))
+    names = (neuron_parameters(view, tensor_behind(view, constant), hidden) for constant in walk.hidden_constants)
+    return tuple(sorted({name for found in names if found for name in found}))
+
+
+def _factors(linear: Linear, which: int) -> tuple[str, ...]:
+    return tuple(_name(pair[which]) for pair in linear.factors)
 
 
 def _up_and_gate(ups: tuple[Linear, ...], finding: Finding) -> tuple[Linear, Linear | None]:

@@ -1,64 +1,36 @@
-"""Numeric verification of a matched region: run it on random data and see what it computes.
+"""Numeric confirmation of a matched region: run it on random data and see what reaches what, and what it computes.
 
-Everything runs in float64 whatever the model's dtype, so that activations that differ in the fourth digit (gelu and
-its tanh form) are told apart. Dropout and the anchor `lte::gate_hidden` count as the identity.
+1. Every (token, channel) of every projection may change one hidden unit of that token, the unit that its number says.
+   This also tells halves from interleaved layouts where one projection holds gate and up.
+2. The function is named if it is a known activation, plain or gated; "identity" without a gate if it is affine.
+
+All in float64 whatever the model's dtype, so that activations that differ in the fourth digit (gelu and its tanh form)
+are told apart.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.node import map_aggregate, map_arg
 
 from lte_compile.kernels.activations import ACTIVATIONS
-from lte_compile.passes.dataflow import (
-    CONSTANT_KEY,
-    LAYOUT_OPS,
-    REGROUP_OPS,
-    GraphView,
-    fake_value,
-    float_hint,
-    hint,
-    op_name,
-    shape_of,
-)
+from lte_compile.passes.dataflow import GraphView
 from lte_compile.passes.ir import Fusion
+from lte_compile.passes.running import Region, Runner, Values
+
+__all__ = ["UNKNOWN", "Finding", "ProbeError", "Region", "probe"]
 
 UNKNOWN = "unknown"
-_SAMPLED_CHANNELS = 12  # per projection; structure is already proven by the walk, this guards against its mistakes
 _TOLERANCE = (
     1e-7  # float64 evaluations of one formula written two ways differ by about 1e-15, gelu and gelu_tanh by 1e-4
 )
-_NUDGES = (0.25, -1.0, 4.0)  # tried in turn: an activation may be flat around one value
-_TOKENS = 2  # enough to see one token reach another
-_CAST_METHODS = ("float", "half", "bfloat16", "double", "type_as")
-
-
-@dataclass(frozen=True)
-class Region:
-    """An element-wise region cut out of a graph: projection results `ups` feed `nodes` (in graph order) up to `output`.
-
-    The hidden axis is `axes[i]` of `ups[i]` and `axis` of `output`.
-    """
-
-    ups: tuple[fx.Node, ...]
-    axes: tuple[int, ...]
-    nodes: tuple[fx.Node, ...]
-    output: fx.Node
-    axis: int
-
-    @property
-    def inputs(self) -> tuple[fx.Node, ...]:
-        inside = {*self.nodes, *self.ups}
-        others = (source for node in self.nodes for source in node.all_input_nodes if source not in inside)
-        return tuple(dict.fromkeys((*self.ups, *others)))
+_NUDGES = (0.25, -1.0, 4.0, -16.0, 64.0)  # tried in turn: an activation may be flat around a value
+_SAMPLED_CHANNELS = 12  # looked at one by one to say what is wrong
 
 
 @dataclass(frozen=True)
@@ -74,185 +46,148 @@ class ProbeError(ValueError):
     """The region is not what its structure promised; the message says how."""
 
 
-Values = dict[fx.Node, Any]
-
-
 def probe(view: GraphView, region: Region, hidden: int) -> Finding:
-    """Checks that hidden units are independent and identifies layout, gate and activation, or raises `ProbeError`."""
-    runner = Runner(view, region, flat=_keeps_last_axis(view, region))
-    widths = [shape_of(up)[axis] for up, axis in zip(region.ups, region.axes, strict=True)]
+    """Confirms that hidden units and tokens are independent, names layout, gate and activation, or raises `ProbeError`.
+
+    A region of two operands whose activation is "unknown" may combine them in any element-wise way.
+    """
+    runner = Runner(view, region)
+    widths = list(region.widths)
     if widths not in ([hidden], [2 * hidden], [hidden, hidden]):
         raise ProbeError(f"projections of widths {widths} do not form a plain or gated FFN of {hidden} neurons")
-    maps = _channel_maps(runner, hidden)
-    if len(widths) == 2:
-        return _identify_gated(runner, hidden, {0: Fusion.SEPARATE, 1: Fusion.SEPARATE})
-    if widths == [hidden]:
-        return _identify_plain(runner)
-    return _identify_gated(runner, hidden, _fused_layouts(maps, hidden))
+    layouts = _confirmed_layouts(_Perturbation(runner, hidden))
+    return _identify_gated(runner, hidden, layouts) if layouts else _identify_plain(runner)
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Evaluates a region on values whose hidden axis comes last, for the projections and for the result.
+class _Perturbation:
+    """Changes some channels of a projection and sees which hidden units change."""
 
-    When `flat`, views only regroup tokens, so that two tokens stand for all.
-    """
+    def __init__(self, runner: Runner, hidden: int) -> None:
+        self.runner = runner
+        self.hidden = hidden
+        self.ups = runner.region.ups
+        self._starts: list[tuple[Values, Tensor]] = []
 
-    view: GraphView
-    region: Region
-    flat: bool
+    def changes(self, up: fx.Node, place_TC: Tensor) -> Iterator[Tensor]:
+        """Which hidden units [tokens, F] change when the channels of `up` at `place_TC` [tokens, C] are moved.
 
-    def inputs(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Values:
-        """A value for every input of the region; `draw` makes the float64 ones."""
-        return {node: self._input(node, draw) for node in self.region.inputs}
+        Tried by several amounts and from several values, as a region may be flat around one of them.
+        """
+        for values, base in self._started():
+            for nudge in _NUDGES:
+                moved = values[up] + nudge * place_TC.view(values[up].shape).double()
+                result = self.runner({**values, up: moved})
+                same = (result == base) | (result.isnan() & base.isnan())
+                yield ~same.reshape(-1, same.shape[-1])
 
-    def _input(self, node: fx.Node, draw: Callable[[tuple[int, ...]], Tensor]) -> Any:
-        value, known = fake_value(node), known_constant(self.view, node)
-        if known is not None:
-            return known.double().cpu() if known.is_floating_point() else known.cpu()
-        if isinstance(value, torch.SymFloat):
-            return float_hint(value)
-        if not isinstance(value, Tensor):
-            return hint(value) if isinstance(value, (int, torch.SymInt)) else value
-        shape = self._shape(node)
-        return draw(shape) if value.is_floating_point() else torch.ones(shape, dtype=value.dtype)
+    def tokens(self, up: fx.Node) -> int:
+        (values, _), *_ = self._started()
+        return values[up].flatten(0, -2).shape[0] if values[up].dim() > 1 else 1
 
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        shape = shape_of(node)
-        if not self.flat or len(shape) < 2:
-            return (
-                _hidden_last(shape, self.region.axes[self.region.ups.index(node)]) if node in self.region.ups else shape
-            )
-        varies = node in self.region.ups or any(size != 1 for size in shape[:-1])
-        return (1,) * (len(shape) - 2) + (_TOKENS if varies else 1, shape[-1])
+    def width(self, up: fx.Node) -> int:
+        return self.runner.region.widths[self.ups.index(up)]
 
-    def __call__(self, values: Values) -> Tensor:
-        region = self.region
-        env = dict(values)
-        for up, axis in zip(region.ups, region.axes, strict=True):
-            env[up] = values[up].movedim(-1, axis)
-        for node in region.nodes:
-            env[node] = self._call(node, env)
-        result = env[region.output]
-        assert isinstance(result, Tensor)
-        return result.movedim(region.axis, -1)
-
-    def _call(self, node: fx.Node, env: Values) -> Any:
-        name = op_name(self.view, node)
-        if "dropout" in name or name == "gate_hidden":
-            kept = env[node.all_input_nodes[0]]
-            return (kept, torch.ones_like(kept)) if name == "native_dropout" else kept
-        if node.op == "call_method" and name in _CAST_METHODS:
-            return env[node.all_input_nodes[0]]
-        if self.flat and name in LAYOUT_OPS:
-            rank = len(shape_of(node))
-            return env[node.all_input_nodes[0]].reshape((1,) * (rank - 2) + (-1, shape_of(node)[-1]))
-        args, kwargs = _widened(map_arg((node.args, node.kwargs), env.__getitem__))
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return self.view.module.get_submodule(str(node.target))(*args, **kwargs)
+    def _started(self) -> Iterator[tuple[Values, Tensor]]:
+        """Values to start from and what the region makes of them, computed when first needed."""
+        yield from self._starts
+        for draw in (_small_inputs, _signed_inputs, _near_zero)[len(self._starts) :]:
+            values = draw(self.runner)
+            self._starts.append((values, self.runner(values)))
+            yield self._starts[-1]
 
 
-def _hidden_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :], shape[axis])
+def _confirmed_layouts(perturbation: _Perturbation) -> dict[int, Fusion]:
+    """Confirms every channel. The layouts a pair of operands may have, by which of them is the gate; {} if plain."""
+    hidden, ups = perturbation.hidden, perturbation.ups
+    units_F = torch.arange(hidden)
+    if perturbation.runner.region.widths == (2 * hidden,):
+        return _fused_layouts(perturbation, units_F)
+    for up in ups:
+        if not _confirms(perturbation, up, units_F):
+            raise ProbeError(_complaint(perturbation, up))
+    return {0: Fusion.SEPARATE, 1: Fusion.SEPARATE} if len(ups) == 2 else {}
 
 
-def known_constant(view: GraphView, node: fx.Node) -> Tensor | None:
-    """The real value of a one-element constant of the graph, such as the 0.044715 in a written-out gelu."""
-    value = node.meta.get(CONSTANT_KEY)
-    if value is None and node.op == "get_attr":
-        value = attribute(view.module, str(node.target))
-    usable = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.numel() == 1
-    return value if usable else None
-
-
-def attribute(module: fx.GraphModule, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _widened(arguments: Any) -> Any:
-    """Casts inside the region become casts to float64 on the CPU."""
-
-    def widen(value: Any) -> Any:
-        if isinstance(value, torch.dtype):
-            return torch.float64 if value.is_floating_point else value
-        return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    return map_aggregate(arguments, widen)
-
-
-def _keeps_last_axis(view: GraphView, region: Region) -> bool:
-    ends = [*zip(region.ups, region.axes, strict=True), (region.output, region.axis)]
-    hidden_is_last = all(axis == len(shape_of(node)) - 1 > 0 for node, axis in ends)
-    layout = [node for node in region.nodes if op_name(view, node) in LAYOUT_OPS]
-    return hidden_is_last and all(_regroups_tokens(view, node) for node in layout)
-
-
-def _regroups_tokens(view: GraphView, node: fx.Node) -> bool:
-    shape, source = shape_of(node), shape_of(node.all_input_nodes[0])
-    return op_name(view, node) in REGROUP_OPS and len(shape) > 1 and shape[-1] == source[-1]
-
-
-def _channel_maps(runner: Runner, hidden: int) -> list[tuple[int, int]]:
-    """(channel, hidden unit it reaches) pairs, found by perturbing one channel of one token at a time.
-
-    Small positive values keep clipped and saturating activations alive while they are perturbed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    values = runner.inputs(lambda shape: 0.1 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64))
-    base = runner(values)
-    pairs = []
-    for up in runner.region.ups:
-        width = values[up].shape[-1]
-        for channel in torch.linspace(0, width - 1, min(width, _SAMPLED_CHANNELS)).long().tolist():
-            place = (0,) * (values[up].dim() - 1) + (channel,)
-            pairs.append((channel, _unit_reached(runner, values, base, up, place)))
-    wrong = [(c, unit) for c, unit in pairs if unit not in (c, c - hidden, c // 2)]
-    if wrong:
-        channel, unit = wrong[0]
-        raise ProbeError(f"output {channel} of a projection feeds hidden unit {unit}: the hidden units are reordered")
-    return pairs
-
-
-def _unit_reached(runner: Runner, values: Values, base: Tensor, up: fx.Node, place: tuple[int, ...]) -> int:
-    moved = torch.empty(0, base.dim())
-    for nudge in _NUDGES:
-        changed = values[up].clone()
-        changed[place] += nudge
-        moved = (runner({**values, up: changed}) != base).nonzero()
-        if len(moved):
-            break
-    units = sorted(set(moved[:, -1].tolist()))
-    if not units:
-        raise ProbeError(f"output {place[-1]} of a projection reaches no hidden unit")
-    if len(units) > 1:
-        raise ProbeError(f"hidden units interact: output {place[-1]} of a projection reaches {len(units)} of them")
-    if len(moved) > 1:
-        raise ProbeError(f"tokens interact: output {place[-1]} of one token reaches {len(moved)} tokens")
-    return int(units[0])
-
-
-def _fused_layouts(maps: list[tuple[int, int]], hidden: int) -> dict[int, Fusion]:
-    """For a projection that holds both halves: the layouts its channel map allows, by which part is the gate."""
-    if all(unit == channel % hidden for channel, unit in maps):
+def _fused_layouts(perturbation: _Perturbation, units_F: Tensor) -> dict[int, Fusion]:
+    (up,), hidden = perturbation.ups, perturbation.hidden
+    if all(_confirms(perturbation, up, part_F) for part_F in (units_F, units_F + hidden)):
         return {0: Fusion.GATE_THEN_UP, 1: Fusion.UP_THEN_GATE}
-    if all(unit == channel // 2 for channel, unit in maps):
+    if all(_confirms(perturbation, up, part_F) for part_F in (2 * units_F, 2 * units_F + 1)):
         return {0: Fusion.INTERLEAVED_GATE_FIRST, 1: Fusion.INTERLEAVED_UP_FIRST}
-    raise ProbeError("the two halves of the fused projection are neither consecutive nor interleaved")
+    raise ProbeError(_complaint(perturbation, up))
+
+
+def _confirms(perturbation: _Perturbation, up: fx.Node, channels_F: Tensor) -> bool:
+    """Whether channel `channels_F[i]` of each token changes hidden unit i of that token, and nothing else does.
+
+    Each (token, unit) has a number. For every bit of the numbers, those that have it are perturbed at once, then those
+    that have not: what changes must be exactly what was perturbed. Two numbers differ in some bit, so a channel that
+    reached a second unit would show. That takes 2 log2(T F) runs in place of T F.
+    """
+    tokens, hidden = perturbation.tokens(up), len(channels_F)
+    numbers_TF = torch.arange(tokens * hidden).view(tokens, hidden)
+    for bit in range(max(1, (tokens * hidden - 1).bit_length())):
+        has_bit_TF = (numbers_TF >> bit) & 1 == 1
+        if not all(_reads_back(perturbation, up, channels_F, group_TF) for group_TF in (has_bit_TF, ~has_bit_TF)):
+            return False
+    return True
+
+
+def _reads_back(perturbation: _Perturbation, up: fx.Node, channels_F: Tensor, group_TF: Tensor) -> bool:
+    place_TC = torch.zeros(len(group_TF), perturbation.width(up), dtype=torch.bool)
+    place_TC[:, channels_F] = group_TF
+    reached_TF = torch.zeros_like(group_TF)
+    for changed_TF in perturbation.changes(up, place_TC):
+        if changed_TF.shape != group_TF.shape or bool((changed_TF & ~group_TF).any()):
+            return False
+        reached_TF |= changed_TF
+        if torch.equal(reached_TF, group_TF):
+            return True
+    return False
+
+
+def _complaint(perturbation: _Perturbation, up: fx.Node) -> str:
+    """What is wrong with a region that was not confirmed, from perturbing one channel of one token at a time."""
+    tokens, width, hidden = perturbation.tokens(up), perturbation.width(up), perturbation.hidden
+    sample = torch.linspace(0, width - 1, min(width, _SAMPLED_CHANNELS)).long().tolist()
+    for token, channel in itertools.product(range(min(tokens, 2)), sample):
+        places = _places_reached(perturbation, up, token, channel)
+        units = sorted({unit for _, unit in places})
+        if not places:
+            return f"output {channel} of a projection reaches no hidden unit"
+        if len(units) > 1:
+            return f"hidden units interact: output {channel} of a projection reaches {len(units)} of them"
+        if len(places) > 1:
+            return f"tokens interact: output {channel} of one token reaches {len(places)} tokens"
+        if places[0][0] != token:
+            return "the tokens are reordered between the projections and the down-projection"
+        if units[0] not in (channel, channel - hidden, channel // 2):
+            return f"output {channel} of a projection feeds hidden unit {units[0]}: the hidden units are reordered"
+    return "its hidden units are mixed, or ordered in a way that is neither consecutive nor interleaved"
+
+
+def _places_reached(perturbation: _Perturbation, up: fx.Node, token: int, channel: int) -> list[list[int]]:
+    place_TC = torch.zeros(perturbation.tokens(up), perturbation.width(up), dtype=torch.bool)
+    place_TC[token, channel] = True
+    found = (changed_TF.nonzero().tolist() for changed_TF in perturbation.changes(up, place_TC))
+    return next((places for places in found if places), [])
+
+
+def _small_inputs(runner: Runner) -> Values:
+    """Small positive values: clipped and saturating activations stay alive around them."""
+    generator = torch.Generator().manual_seed(0)
+    return runner.inputs(lambda shape: 0.1 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64))
 
 
 def _signed_inputs(runner: Runner) -> Values:
-    """Half of the values where activations bend, half far out, where clipped ones differ from their namesakes."""
+    """A third of the values near zero, where shrinking activations differ from their namesakes, a third where most
+    activations bend, a third far out, where clipped ones differ."""
     generator = torch.Generator().manual_seed(1)
+    spreads = torch.tensor((0.05, 2.0, 30.0), dtype=torch.float64)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        far = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.5
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * torch.where(far, 30.0, 2.0)
+        spread = spreads[torch.randint(len(spreads), shape, generator=generator)]
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * spread
 
     return runner.inputs(draw)
 
@@ -266,20 +201,30 @@ def _identify_plain(runner: Runner) -> Finding:
     (up,) = runner.region.ups
     result = runner(values).reshape(values[up].shape)
     matching = (name for name, act in ACTIVATIONS.items() if _same(act.apply(values[up]), result))
-    return Finding(next(matching, UNKNOWN))
+    name = next(matching, UNKNOWN)
+    return Finding("identity" if name == UNKNOWN and _is_affine(runner, values) else name)
 
 
 def _identify_gated(runner: Runner, hidden: int, layouts: Mapping[int, Fusion]) -> Finding:
+    """act(gate) * up if it is that, else any function of two operands that is not affine in both together."""
     values = _signed_inputs(runner)
-    parts = _parts(runner, values, hidden, next(iter(layouts.values())))
-    result = runner(values).reshape(parts[0].shape)
+    parts = [part.reshape(-1, hidden) for part in _parts(runner, values, hidden, next(iter(layouts.values())))]
+    result = runner(values).reshape(-1, hidden)  # the projections may group their tokens differently
     for (name, act), gate in itertools.product(ACTIVATIONS.items(), layouts):
         if _same(act.apply(parts[gate]) * parts[1 - gate], result):
             return Finding(name, layouts[gate], gate)
-    for gate, fusion in layouts.items():
-        if _is_linear_in(runner, values, hidden, fusion, 1 - gate):
-            return Finding(UNKNOWN, fusion, gate)
-    raise ProbeError("its two projections are combined in a way that is neither plain nor gated")
+    if _is_affine(runner, values):
+        return Finding("identity")
+    gate = next(_gates(runner, hidden, layouts), 0)
+    return Finding(UNKNOWN, layouts[gate], gate)
+
+
+def _gates(runner: Runner, hidden: int, layouts: Mapping[int, Fusion]) -> Iterator[int]:
+    """Operands whose partner is affine: everywhere, or at least near zero, where a clamp does not bend it yet."""
+    for values in (_signed_inputs(runner), _near_zero(runner)):
+        for gate, fusion in layouts.items():
+            if _is_affine_in_part(runner, values, hidden, fusion, 1 - gate):
+                yield gate
 
 
 _INTERLEAVED = (Fusion.INTERLEAVED_GATE_FIRST, Fusion.INTERLEAVED_UP_FIRST)
@@ -296,7 +241,25 @@ def _parts(runner: Runner, values: Values, hidden: int, fusion: Fusion) -> tuple
     return whole[..., :hidden], whole[..., hidden:]
 
 
-def _is_linear_in(runner: Runner, values: Values, hidden: int, fusion: Fusion, part: int) -> bool:
-    doubled = {node: value.clone() if node in runner.region.ups else value for node, value in values.items()}
-    _parts(runner, doubled, hidden, fusion)[part].mul_(2)
-    return _same(runner(doubled), 2 * runner(values))
+def _is_affine(runner: Runner, values: Values) -> bool:
+    """Whether the region is a x + b in its projections, on `values` and their mirror images."""
+    ups = runner.region.ups
+    scaled = ({up: factor * values[up] for up in ups} for factor in (-1.0, 0.0, 1.0, 2.0))
+    minus, zero, plus, double = (runner(values | changed) for changed in scaled)
+    return _same(plus + minus, 2 * zero) and _same(double + zero, 2 * plus)
+
+
+def _is_affine_in_part(runner: Runner, values: Values, hidden: int, fusion: Fusion, part: int) -> bool:
+    results = []
+    for factor in (-1.0, 0.0, 1.0, 2.0):
+        scaled = {node: v.clone() if node in runner.region.ups else v for node, v in values.items()}
+        _parts(runner, scaled, hidden, fusion)[part].mul_(factor)
+        results.append(runner(scaled))
+    minus, zero, plus, double = results
+    return _same(plus + minus, 2 * zero) and _same(double + zero, 2 * plus)
+
+
+def _near_zero(runner: Runner) -> Values:
+    """Projection results of about 0.01, of either sign."""
+    values = _signed_inputs(runner)
+    return values | {up: 1e-3 * values[up] for up in runner.region.ups}

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.fx as fx
 
 from lte_compile.passes.anchors import is_lte
 from lte_compile.passes.dataflow import GraphView, argument, is_tensor, op_name, shape_of
+from lte_compile.passes.ir import Rejection
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.walk import tensor_behind
 
@@ -50,6 +52,17 @@ def _is_head(linears: Mapping[fx.Node, Linear], linear: Linear) -> bool:
     return reaches_output and all(
         linear.out_width not in (other.in_width, linear.in_width) for other in linears.values()
     )
+
+
+def inside_higher_order(view: GraphView) -> Iterator[Rejection]:
+    """Matrices that torch.cond, loops and the like pass on to their branches, which are graphs of their own."""
+    for node in view.order:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for source in node.all_input_nodes:
+                name = view.parameter_name(source)
+                if name is not None and len(shape_of(source)) > 1:
+                    reason = f"read inside a branch of `{op_name(view, node)}`, which is not looked into"
+                    yield Rejection(node=node.name, parameter=name, reason=reason)
 
 
 def mixes_tokens(view: GraphView, node: fx.Node) -> bool:

@@ -84,10 +84,15 @@ def _dominates(graph: nx.DiGraph[object], x: fx.Node, node: fx.Node) -> bool:
 def escape(
     view: GraphView, hidden: Collection[fx.Node], allowed: Collection[fx.Node]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """A hidden value and a user of it outside of the region, or None. Reading a value's size is no use."""
+    """A hidden value and a user of it outside of the region, or None.
+
+    Reading a value's size is no use; neither is taking a part that nobody reads, as torch.export records of each split.
+    """
     for node in sorted(hidden, key=lambda node: view.order[node]):
         for user in node.users:
-            if user in hidden or user in allowed or op_name(view, user) in METADATA_OPS:
+            name = op_name(view, user)
+            unread = name == "getitem" and not user.users
+            if user in hidden or user in allowed or unread or name in METADATA_OPS:
                 continue
             return node, user
     return None

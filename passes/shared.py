@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from lte_compile.passes.dataflow import GraphView
-from lte_compile.passes.ir import FfnSite
+from lte_compile.passes.ir import FfnSite, SiteKind
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.reasons import Refusal
 
@@ -52,11 +52,11 @@ def refuse_shared_weights(
     readers = parameter_readers(view)
     places: dict[FfnSite, set[fx.Node]] = defaultdict(set)
     for verdict in verdicts.values():
-        if isinstance(verdict, FfnMatch):
+        if isinstance(verdict, FfnMatch) and verdict.site.kind is SiteKind.FFN:
             places[verdict.site] |= _own_nodes(verdict)
     refusals = {site: _foreign_use(site, nodes, readers) for site, nodes in places.items()}
     return {
-        down: (verdict if isinstance(verdict, Refusal) else _verdict(verdict, refusals[verdict.site]))
+        down: (verdict if isinstance(verdict, Refusal) else _verdict(verdict, refusals.get(verdict.site)))
         for down, verdict in verdicts.items()
     }
 
@@ -66,7 +66,8 @@ def _verdict(match: FfnMatch, reason: str | None) -> FfnMatch | Refusal:
 
 
 def _own_nodes(match: FfnMatch) -> set[fx.Node]:
-    return {*match.region, *(node for linear in match.linears for node in (linear.node, linear.result))}
+    own = (node for linear in match.linears for node in (linear.node, linear.result, *linear.readers))
+    return {*match.region, *own}
 
 
 def _foreign_use(site: FfnSite, own: set[fx.Node], readers: Mapping[str, set[fx.Node]]) -> str | None:

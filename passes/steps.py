@@ -54,6 +54,8 @@ def step_back(view: GraphView, node: fx.Node, axis: int) -> Step | Blocked:
         return _step_slice(node, axis)
     if name in LAYOUT_OPS:
         return _step_layout(name, node, axis)
+    if name == "prelu":
+        return _step_prelu(view, node, axis)
     if is_tensor(node) and is_pointwise(view, node):
         return _step_pointwise(view, node, axis)
     return Blocked(node, f"it passes `{name}`, which is not element-wise")
@@ -72,6 +74,20 @@ def _step_pointwise(view: GraphView, node: fx.Node, axis: int) -> Step:
         else:
             sides.append(source)
     return Step(tuple(sources), tuple(sides))
+
+
+def _step_prelu(view: GraphView, node: fx.Node, axis: int) -> Step | Blocked:
+    """Carries no pointwise tag. Its slope is one number, or one per index of axis 1, whatever the rank."""
+    source, *slopes = node.all_input_nodes
+    if node.op == "call_module":
+        single = view.module.get_submodule(str(node.target)).weight.numel() == 1  # type: ignore[operator]
+    else:
+        single = math.prod(shape_of(slopes[0])) == 1
+    if single:
+        return Step(((source, axis),), tuple(slopes))
+    if slopes and axis == 1:
+        return Step(((source, axis), (slopes[0], 0)))
+    return Blocked(node, "it passes `prelu`, whose slopes differ along another axis than the hidden one")
 
 
 _SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk")
@@ -102,30 +118,43 @@ def _step_unbind(unbind: fx.Node, whole: fx.Node, axis: int) -> Step | Blocked:
 
 
 def _step_index(node: fx.Node, source: fx.Node, index: Any, axis: int) -> Step | Blocked:
-    """x[..., a:b:c] on the hidden axis, x[..., i] on an axis behind it (interleaved halves)."""
+    """x[..., a:b:c] on the hidden axis, x[..., i] on an axis behind or before it (a pair)."""
     items = list(index) if isinstance(index, tuple) else [index]
     rank = len(shape_of(source))
     if Ellipsis in items:
         gap = items.index(Ellipsis)
         items[gap : gap + 1] = [slice(None)] * (rank - sum(i is not None for i in items) + 1)
-    items += [slice(None)] * (rank - len(items))
-    if not all(isinstance(item, (slice, int)) for item in items):
+    items += [slice(None)] * (rank - sum(item is not None for item in items))
+    if not all(item is None or isinstance(item, (slice, int)) for item in items):
         return Blocked(node, "it passes an indexing that picks elements")
-    kept = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
-    picked = [dim for dim, item in enumerate(items) if isinstance(item, int)]
+    # For each axis of the result, the source's: None where x[:, None] adds one.
+    dims = iter(range(rank))
+    places = [(None if item is None else next(dims), item) for item in items]
+    kept = [dim for dim, item in places if not isinstance(item, int)]
+    picked = [dim for dim, item in places if dim is not None and isinstance(item, int)]
     source_axis = kept[axis]
-    cut = [dim for dim in kept if dim != source_axis and items[dim] != slice(None)]
-    if cut or any(dim < source_axis for dim in picked):
+    if source_axis is None:
+        return Blocked(node, "it passes an indexing that adds the axis")
+    cut = [dim for dim, item in places if dim not in (None, source_axis) and item != slice(None) and dim in kept]
+    if cut or any(dim < source_axis and not _is_pair(source, dim, source_axis) for dim in picked):
         return Blocked(node, "it passes an indexing that picks tokens")
     return Step(((source, source_axis),))
 
 
 def _step_select(node: fx.Node, axis: int) -> Step | Blocked:
-    """x.select(dim, i) behind the hidden axis reads interleaved halves; before it, it picks tokens."""
+    """x.select(dim, i) behind the hidden axis reads interleaved halves; before it, halves or tokens."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dim = argument(node, 1, "dim") % len(shape_of(source))
-    return Step(((source, axis),)) if dim > axis else Blocked(node, "it passes `select`, which picks tokens")
+    source_axis = axis + (dim <= axis)
+    if dim > axis or _is_pair(source, dim, source_axis):
+        return Step(((source, source_axis),))
+    return Blocked(node, "it passes `select`, which picks tokens")
+
+
+def _is_pair(source: fx.Node, dim: int, axis: int) -> bool:
+    """The axis of size 2 in front of the hidden one in [..., 2, F]: a view of both halves, if a view made it."""
+    return dim == axis - 1 and shape_of(source)[dim] == 2
 
 
 def _step_slice(node: fx.Node, axis: int) -> Step | Blocked:
@@ -171,6 +200,8 @@ def _permutation(name: str, node: fx.Node, rank: int) -> list[int]:
         return order
     if name in ("T", "numpy_T"):
         return order[::-1]
+    if name == "mT":  # under Dynamo a getattr, whose argument is that name
+        return [*order[:-2], order[-1], order[-2]]
     first = argument(node, 1, "dim0", "axis0", default=rank - 2) % rank
     second = argument(node, 2, "dim1", "axis1", default=rank - 1) % rank
     order[first], order[second] = order[second], order[first]

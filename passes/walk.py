@@ -9,6 +9,7 @@ import torch.fx as fx
 
 from lte_compile.passes.dataflow import CAST_OPS, REGROUP_OPS, GraphView, is_tensor, op_name, shape_of
 from lte_compile.passes.linear import Linear
+from lte_compile.passes.moe import picked_from
 from lte_compile.passes.steps import Blocked, step_back
 
 _VIEWS = CAST_OPS | REGROUP_OPS
@@ -19,7 +20,7 @@ class Walk:
     """What lies between a down-projection and its producers.
 
     `nodes` are the element-wise and layout nodes that carry hidden units; `sides` their inputs that do not (with the
-    node that reads each), `hidden_constants` the per-neuron constants among their inputs.
+    node that reads each), `hidden_constants` the per-neuron constants (experts' biases too) among their inputs.
     """
 
     ups: list[Linear] = field(default_factory=list)
@@ -43,7 +44,7 @@ def walk_back(view: GraphView, linears: Mapping[fx.Node, Linear], down: Linear) 
         if (node, axis) in seen:
             continue
         seen.add((node, axis))
-        if node in view.constants:
+        if node in view.constants or picked_from(view, node) is not None:
             walk.hidden_constants.append(node)
             continue
         if (producer := linears.get(node)) is not None:

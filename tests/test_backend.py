@@ -186,8 +186,7 @@ def test_a_graph_break_between_the_projections_leaves_the_anchor() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.relu(self.up(x))
-            if not torch.compiler.is_exporting():
-                torch._dynamo.graph_break()
+            torch._dynamo.graph_break()  # does nothing where torch.export traces
             result: Tensor = self.down(hidden)
             return result
 
@@ -274,7 +273,11 @@ def test_the_backend_is_registered() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"options": {"compilr": "eager"}}, "no option 'compilr'; its only one is 'compiler'"),
+        ({"options": {"compilr": "eager"}}, "no option 'compilr'.*its own are compiler, lower, fallback; did you mean"),
+        ({"options": {"max_autotun": True}}, "no option 'max_autotun'.*did you mean 'max_autotune'"),
+        ({"options": {"max_autotune": True, **AOT_EAGER}}, "'max_autotune', and compiler 'aot_eager' has none"),
+        ({"options": {"lower": "yes"}}, "lower must be True or False; got 'yes'"),
+        ({"options": {"fallback": "refse"}}, "must be 'allow' or 'refuse'; got 'refse'; did you mean 'refuse'"),
         ({"options": {"compiler": "aot_eagre"}}, "got 'aot_eagre'; did you mean 'aot_eager'"),
         ({"mode": "fastest"}, "mode must be one of default, .*reduce-overhead.*got 'fastest'"),
         ({"mode": "reduce-overhead", "options": AOT_EAGER}, "mode='reduce-overhead' is inductor's"),

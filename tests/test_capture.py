@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,3 +178,29 @@ def test_nodes_carry_fake_values() -> None:
     values = [fake_value(node) for node in graph.module.graph.nodes if node.op == "call_function"]
     assert values
     assert all(isinstance(value, Tensor) for value in values)
+
+
+class InPlace(Mlp):
+    """Changes its hidden value in place and reads it by its old name."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        hidden = self.up(x)
+        self.change(hidden)
+        y: Tensor = self.down(hidden)
+        return y
+
+
+@pytest.mark.parametrize(
+    "change", [lambda h: h.relu_(), torch.relu_, lambda h: F.relu(h, inplace=True), lambda h: h.relu_().mul_(2)]
+)
+def test_in_place_activations_are_seen_on_every_route(change: Callable[[Tensor], object]) -> None:
+    model, x = InPlace(change).eval(), torch.randn(2, 8)
+    traced = fx.symbolic_trace(model)
+    graphs = [capture(model, x), *capture_by_dynamo(model, Call((x,), {})), capture(traced, x)]
+    assert [len(find_ffns(graph).sites) for graph in graphs] == [1, 1, 1]
+    traced.recompile()
+    torch.testing.assert_close(traced(x), model(x))

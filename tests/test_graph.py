@@ -57,7 +57,7 @@ add = aten.add(input, sparse_ffn)  # float64[2, 3, 16]
 return (add,)
 
 lower-sparse: 1 changed, 0 left alone
-  + 0.down.weight: expert_ffn became sparse_ffn
+  + 0.down.weight: expert_ffn became sparse_ffn, kernel named relu
 """
 
 

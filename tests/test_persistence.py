@@ -374,7 +374,7 @@ def _without_a_router(directory: Path) -> None:
         (lambda d: (d / "config.json").unlink(), "is no complete checkpoint"),
         (_pickled, "pickled weights"),
         (_without_a_router, "missing_keys.*router"),
-        (_edit("config.json", lambda plan: plan.update(format=2)), "format 2, written by a newer lte_compile"),
+        (_edit("config.json", lambda plan: plan.update(format=99)), "format 99, written by a newer lte_compile"),
         (_edit("config.json", lambda plan: plan.pop("format")), "names no format"),
         (_edit("config.json", lambda plan: plan.update(colour="red")), r"unknown fields \['colour'\]"),
         (_edit("config.json", lambda plan: plan.update(sites=[])), "lists no sites"),

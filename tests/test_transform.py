@@ -260,16 +260,6 @@ class NoFfn(nn.Module):
         return result
 
 
-class NestedRawParameters(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ffn = RawParameters()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ffn(x)
-        return result
-
-
 def with_nan() -> nn.Module:
     model = stack()
     with torch.no_grad():
@@ -284,8 +274,6 @@ def with_nan() -> nn.Module:
         (routed_stack, TransformConfig(), "transformed already"),
         (stack, TransformConfig(expert_size=41), "expert_size 41 is larger than the 40 neurons"),
         (with_nan, TransformConfig(expert_size=8), "1.up.weight holds NaN"),
-        (RawParameters, TransformConfig(expert_size=8), "export the model with torch.export"),
-        (NestedRawParameters, TransformConfig(expert_size=8), "export the model with torch.export"),
         (stack, TransformConfig(expert_size=8, grouping=Grouping.COACTIVATION), "activations"),
     ],
 )

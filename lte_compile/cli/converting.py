@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import inspect as python_inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
 from lte_compile.calibration import collect_activations
+from lte_compile.cli.convert_comparison import Comparison, compare_directories, run_once
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, facts_table
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.dummies import dummy_inputs
 from lte_compile.evaluation import router_parameters, sites_of
 from lte_compile.inspection import inspect
 from lte_compile.loading import TOKENIZER_FILES, load_model, load_tokenizer
 from lte_compile.losses import Batch
-from lte_compile.modes import eval_mode
 from lte_compile.persistence import save_pretrained
 from lte_compile.progress import TrainingProgress
+from lte_compile.streaming import StreamPlan, plan_stream, run_stream
 from lte_compile.tasks_api import without_labels
 from lte_compile.transform import transform
 
 # Batches whose activations group neurons: 16 windows of 256 tokens or as many batches of 32 texts hold a few thousand.
 ACTIVATION_BATCHES = 16
+# A streamed model of up to this size is loaded afterwards, to compare it with the dense one (SmolLM2-135M has 513 MB).
+COMPARED_BYTES = 600 * 2**20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -44,8 +45,22 @@ class ConvertSettings:
     overwrite: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A conversion that is on the disk. `model` has its routers, and after streaming no data.
+
+    `reason` says why it was not streamed, if it was not; `seconds` is the time from reading weights to having saved.
+    """
+
+    model: nn.Module
+    parameters: int
+    seconds: float
+    comparison: Comparison | None
+    reason: str | None = None
+
+
 def convert_model(settings: ConvertSettings) -> Outcome:
-    """Transform, compare with the dense model, save.
+    """Convert weight by weight, or in memory where that is not possible, and compare with the dense model.
 
     Raises:
         ValueError: bad input of any kind; nothing is written then.
@@ -56,17 +71,39 @@ def convert_model(settings: ConvertSettings) -> Outcome:
     with TrainingProgress() as progress:
         path = find_model(settings.model, progress)
         check_output(settings.out, path, overwrite=settings.overwrite)
-        model = load_model(path, dtype=dtype)
-        before = sum(parameter.numel() for parameter in model.parameters())
-        dense = run_once(model)
-        with progress.working("transforming"):
-            transform(model, settings.config, activations=_activations(model, path, settings, progress))
-        difference = largest_difference(dense, run_once(model))
-        tokenizer = load_tokenizer(path) if _has_tokenizer(path) else None
-        with progress.working("saving"):
-            save_pretrained(model, settings.out, tokenizer)
-    scale = max(float(value.abs().max()) for value in dense)
-    return _outcome(model, settings, before, difference, scale)
+        with progress.working("finding FFNs"):
+            plan = plan_stream(path, settings.config, dtype=dtype)
+        if isinstance(plan, str):
+            progress.say(f"converting in memory: {plan}")
+            return _outcome(_convert_in_memory(path, settings, progress, reason=plan), settings)
+        return _outcome(_convert_streamed(plan, settings, progress), settings)
+
+
+def _convert_streamed(plan: StreamPlan, settings: ConvertSettings, progress: TrainingProgress) -> Converted:
+    start = perf_counter()
+    with progress.counting("converting", total=len(plan.routers)) as advance:
+        run_stream(plan, settings.out, lambda site: advance(site.name))
+    seconds = perf_counter() - start
+    comparison = None
+    if sum(tensor.nbytes for tensor in plan.model.parameters()) <= COMPARED_BYTES:
+        with progress.working("comparing with the dense model"):
+            comparison = compare_directories(plan.source, settings.out, pick_dtype(settings.dtype))
+    return Converted(model=plan.model, parameters=plan.parameters, seconds=seconds, comparison=comparison)
+
+
+def _convert_in_memory(path: Path, settings: ConvertSettings, progress: TrainingProgress, *, reason: str) -> Converted:
+    start = perf_counter()
+    model = load_model(path, dtype=pick_dtype(settings.dtype))
+    before = sum(parameter.numel() for parameter in model.parameters())
+    dense = run_once(model)
+    with progress.working("transforming"):
+        transform(model, settings.config, activations=_activations(model, path, settings, progress))
+    comparison = Comparison.of(dense, run_once(model))
+    tokenizer = load_tokenizer(path) if _has_tokenizer(path) else None
+    with progress.working("saving"):
+        save_pretrained(model, settings.out, tokenizer)
+    seconds = perf_counter() - start
+    return Converted(model=model, parameters=before, seconds=seconds, comparison=comparison, reason=reason)
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
@@ -80,7 +117,7 @@ def activations_for(model: nn.Module, config: TransformConfig, batches: list[Bat
     """What `transform` needs to know for this grouping: activations, or nothing."""
     if config.grouping is not Grouping.COACTIVATION:
         return {}
-    return collect_activations(model, inspect(model).sites, batches)
+    return collect_activations(model, inspect(model).ffn_sites, batches)
 
 
 def _activations(
@@ -93,43 +130,39 @@ def _activations(
     return activations_for(model, settings.config, list(batches))
 
 
-@torch.no_grad()
-def run_once(model: nn.Module) -> list[Tensor]:
-    """The tensors a model returns first (logits, or hidden states) for example inputs."""
-    inputs: dict[str, Any] = dict(dummy_inputs(model))
-    if "use_cache" in python_inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    with eval_mode(model):
-        result = model(**inputs)
-    return [value for value in tuple(result.to_tuple()) if isinstance(value, Tensor)]
-
-
-def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    return max(float((b.double() - a.double()).abs().max()) for b, a in zip(before, after, strict=True))
-
-
 def _has_tokenizer(path: Path) -> bool:
     return any((path / file).is_file() for file in TOKENIZER_FILES)  # a ViT has none
 
 
-def _outcome(model: nn.Module, settings: ConvertSettings, before: int, difference: float, scale: float) -> Outcome:
-    sites = sites_of(model)
+def _outcome(converted: Converted, settings: ConvertSettings) -> Outcome:
+    sites, added = sites_of(converted.model), router_parameters(converted.model)
+    comparison = converted.comparison
     document = {
         "model": settings.model,
         "out": str(settings.out),
         "config": settings.config.to_dict(),
         "sites": [site.to_dict() for site in sites],
-        "parameters": before,
-        "router_parameters": router_parameters(model),
-        "max_abs_diff": difference,
-        "max_abs_output": scale,
+        "parameters": converted.parameters,
+        "router_parameters": added,
+        "streamed": converted.reason is None,
+        "in_memory_because": converted.reason,
+        "seconds": converted.seconds,
+        "max_abs_diff": None if comparison is None else comparison.difference,
+        "max_abs_output": None if comparison is None else comparison.scale,
     }
     facts = {
         "FFN sites": len(sites),
         "experts": f"{settings.config.expert_size} neurons each, {settings.config.grouping} grouping",
-        "parameters": f"{before:,}",
-        "added by routers": f"{router_parameters(model):,} ({router_parameters(model) / before:.2%})",
-        "largest difference to the dense model": f"{difference:.3g} (outputs up to {scale:.3g})",
+        "parameters": f"{converted.parameters:,}",
+        "added by routers": f"{added:,} ({added / converted.parameters:.2%})",
+        "time": f"{converted.seconds:.1f} s, {converted.seconds / len(sites):.1f} s for each FFN",
+        "largest difference to the dense model": _difference(comparison),
         "written to": settings.out,
     }
     return Outcome(document, [facts_table(f"{settings.model} converted", facts)])
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return f"not measured: the model is over {COMPARED_BYTES >> 20} MB and was not loaded as a whole"
+    return f"{comparison.difference:.3g} (outputs up to {comparison.scale:.3g})"

@@ -41,12 +41,17 @@ class _Problem:
     points: int
     noise: float  # a gain below this is rounding, and could be undone and redone forever
 
+    def rows(self, points: Tensor) -> Tensor:
+        """Affinities of some points to all, in the dtype that is computed in."""
+        return self.affinity_MM[points].to(self.squares_M.dtype)
+
 
 def balanced_partition(affinity_FF: Tensor, group_size: int, seed: int) -> Tensor:
     """Permutation of F points whose consecutive chunks of `group_size` are the groups (the last may be smaller).
 
-    affinity_FF: symmetric float32 or float64 Gram matrix. Returns int64 [F]; groups are listed by their smallest
-    member, members in rising order, so that equal partitions give equal permutations.
+    affinity_FF: symmetric Gram matrix in float32 or float64, or in float16, which is read as float32. Returns int64
+    [F]; groups are listed by their smallest member, members in rising order, so that equal partitions give equal
+    permutations.
     """
     points = affinity_FF.shape[0]
     groups = -(-points // group_size)
@@ -64,10 +69,11 @@ def _padded(affinity_FF: Tensor, groups: int, group_size: int) -> _Problem:
     points = affinity_FF.shape[0]
     padding = groups * group_size - points
     affinity_MM = torch.nn.functional.pad(affinity_FF, (0, padding, 0, padding)) if padding else affinity_FF
-    sizes_K = torch.full((groups,), float(group_size), dtype=affinity_FF.dtype, device=affinity_FF.device)
+    dtype = torch.promote_types(affinity_FF.dtype, torch.float32)
+    sizes_K = torch.full((groups,), float(group_size), dtype=dtype, device=affinity_FF.device)
     sizes_K[-1] -= padding
-    squares_M = affinity_MM.diagonal().contiguous()
-    noise = 8 * torch.finfo(affinity_FF.dtype).eps * float(squares_M.max())
+    squares_M = affinity_MM.diagonal().to(dtype).contiguous()
+    noise = 8 * torch.finfo(dtype).eps * float(squares_M.max())
     return _Problem(affinity_MM, squares_M, 1 / sizes_K, points, noise)
 
 
@@ -76,7 +82,7 @@ def _first_assignment(problem: _Problem, groups: int, generator: torch.Generator
     draws = [_kmeans_plus_plus(problem, groups, generator) for _ in range(SEEDINGS)]
     potentials = torch.stack([potential for _, potential in draws])
     chosen_K = torch.stack([chosen_K for chosen_K, _ in draws])[potentials.argmin()]
-    closeness_KM = problem.affinity_MM[chosen_K] - 0.5 * problem.squares_M[chosen_K, None]
+    closeness_KM = problem.rows(chosen_K) - 0.5 * problem.squares_M[chosen_K, None]
     order_M = torch.arange(len(problem.affinity_MM))
     order_M[: problem.points] = torch.randperm(problem.points, generator=generator)
     members_KS = order_M.to(chosen_K.device).view(groups, -1)
@@ -98,7 +104,7 @@ def _kmeans_plus_plus(problem: _Problem, groups: int, generator: torch.Generator
         # the largest of d / Exp(1) are draws in proportion to d, without a cumulative sum
         race_F = torch.empty(points).exponential_(generator=generator).to(squares_F)
         drawn_C = (chance_F / race_F).topk(candidates).indices
-        squared_distance_CF = squares_F + squares_F[drawn_C, None] - 2 * problem.affinity_MM[drawn_C, :points]
+        squared_distance_CF = squares_F + squares_F[drawn_C, None] - 2 * problem.rows(drawn_C)[:, :points]
         nearest_CF = torch.minimum(nearest_F, squared_distance_CF.clamp(min=0))
         best = nearest_CF.sum(dim=1).argmin()
         chosen_K[k], nearest_F = drawn_C[best], nearest_CF[best]
@@ -158,7 +164,7 @@ def _swap_round(problem: _Problem, members_KS: Tensor, means_KM: Tensor, a_P: Te
     a_P, b_P, slot_i_P, slot_j_P = a_P[helped], b_P[helped], slot_i_P[helped], slot_j_P[helped]
     i_P, j_P = members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P]
     members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P] = j_P, i_P
-    change_PM = problem.affinity_MM[j_P] - problem.affinity_MM[i_P]
+    change_PM = problem.rows(j_P) - problem.rows(i_P)
     means_KM.index_add_(0, a_P, change_PM * problem.weights_K[a_P, None])
     means_KM.index_add_(0, b_P, change_PM * problem.weights_K[b_P, None], alpha=-1)
     return gain_P[helped].sum()
@@ -202,9 +208,9 @@ def _leaving_gains(
 
 def _group_means(problem: _Problem, members_KS: Tensor) -> Tensor:
     """means[k, i] = affinity of point i to the members of group k, averaged; the dot product with its centroid."""
-    means_KM = problem.affinity_MM[members_KS[:, 0]]
+    means_KM = problem.rows(members_KS[:, 0])
     for slot in range(1, members_KS.shape[1]):  # one slot at a time: no [K, S, M] temporary
-        means_KM += problem.affinity_MM[members_KS[:, slot]]
+        means_KM += problem.rows(members_KS[:, slot])
     return means_KM * problem.weights_K[:, None]
 
 

@@ -78,13 +78,17 @@ def _check_weights(request: GroupingRequest) -> None:
     if weights_FD.ndim != 2 or not weights_FD.is_floating_point():
         shape = list(weights_FD.shape)
         raise ValueError(f"{name}: weights must be a floating [neurons, width] matrix; got {weights_FD.dtype} {shape}")
-    neurons = weights_FD.shape[0]
+    check_expert_size(size, weights_FD.shape[0], name)
+    if not is_finite(weights_FD):
+        raise ValueError(f"the weights of {name} hold NaN or infinity; neurons cannot be grouped by them")
+
+
+def check_expert_size(size: int, neurons: int, name: str) -> None:
+    """A ValueError unless `neurons` can form at least one expert of `size`."""
     if size < 1:
         raise ValueError(f"expert_size must be at least 1; got {size} for {name}")
     if size > neurons:
         raise ValueError(f"expert_size {size} is larger than the {neurons} neurons of {name}; choose at most {neurons}")
-    if not _is_finite(weights_FD):
-        raise ValueError(f"the weights of {name} hold NaN or infinity; neurons cannot be grouped by them")
 
 
 def _check_activations(request: GroupingRequest) -> None:
@@ -96,11 +100,11 @@ def _check_activations(request: GroupingRequest) -> None:
             f"{request.name}: activations must be [tokens, {neurons}] with at least one token; "
             f"got {list(activations_NF.shape)}"
         )
-    if not _is_finite(activations_NF):
+    if not is_finite(activations_NF):
         raise ValueError(f"the activations of {request.name} hold NaN or infinity; trace them again in float32")
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """One pass without a mask in memory: the extremes are NaN or infinite if anything is."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
 

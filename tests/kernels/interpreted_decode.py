@@ -16,7 +16,15 @@ from torch import Tensor
 from lte_compile.kernels.activations import ACTIVATIONS
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
 from lte_compile.kernels.triton_decode import DecodeConfig, sparse_ffn_decode
-from tests.kernels.problems import Shape, in_float64, make_call, relative_error
+from tests.kernels.problems import (
+    PROGRAMS,
+    Shape,
+    in_float64,
+    interleaved,
+    make_call,
+    make_program_call,
+    relative_error,
+)
 
 CONFIG = DecodeConfig(up_rows=4, up_block=16, down_rows=8, down_block=16, down_splits=3)
 SHAPES = {
@@ -53,6 +61,10 @@ def main() -> None:
         errors[activation] = error(make_call(SHAPES["primes"], dtype=torch.float32, activation=activation))
     errors["all active"] = error(make_call(SHAPES["primes"], dtype=torch.float32, tau=-1.0))
     errors["none active"] = error(make_call(SHAPES["primes"], dtype=torch.float32, tau=1.0))
+    for name, text in PROGRAMS.items():
+        for dtype in (torch.float32, torch.float16):
+            errors[f"program {name}, {dtype}"] = error(make_program_call(SHAPES["primes"], text, dtype=dtype))
+    errors["interleaved halves"] = error(interleaved(make_call(SHAPES["primes"], dtype=torch.float32)))
     json.dump(errors, sys.stdout)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lte_compile.kernels.experts import count_experts
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.layout import neuron_major
+from lte_compile.kernels.program import parse_program
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 
 # How far a result in this dtype may be from float64, relative to the norm: a few roundings of its unit roundoff
@@ -77,6 +78,54 @@ def make_call(
     return SparseFfnCall(x_D, router_ED, bias_E, weights, activation, shape.expert_size, tau, shape.offset_tensor)
 
 
+# Region programs by what they stand for. Together they use every operation of the table.
+PROGRAMS = {
+    "clamped SwiGLU with +1 (gpt-oss)": (
+        "v0 = clamp_max(gate, 0.7); v1 = mul(v0, 1.702); v2 = sigmoid(v1); v3 = mul(v0, v2); v4 = clamp_min(up, -0.7); "
+        "v5 = clamp_max(v4, 0.7); v6 = add(v5, 1.0); v7 = mul(v6, v3)"
+    ),
+    "xIELU (apertus)": (
+        "v0 = gt(up, 0.0); v1 = exp(s0); v2 = log1p(v1); v3 = mul(v2, up); v4 = mul(v3, up); v5 = mul(up, 0.5); "
+        "v6 = add(v4, v5); v7 = minimum(up, -1e-06); v8 = expm1(v7); v9 = sub(v8, up); v10 = exp(s1); "
+        "v11 = log1p(v10); v12 = add(v11, 0.5); v13 = mul(v9, v12); v14 = add(v13, v5); v15 = where(v0, v6, v14)"
+    ),
+    "softcap": "v0 = div(up, 30.0); v1 = tanh(v0); v2 = mul(v1, 30.0)",
+    "scale and shift of each neuron": "v0 = sigmoid(gate); v1 = mul(v0, n0); v2 = add(v1, n1); v3 = mul(v2, up)",
+    "every other operation": (
+        "v0 = abs(up); v1 = add(v0, 1.5); v2 = log(v1); v3 = sqrt(v1); v4 = rsqrt(v1); v5 = reciprocal(v1); "
+        "v6 = sin(up); v7 = cos(up); v8 = erf(up); v9 = relu(up); v10 = neg(up); v11 = sign(up); v12 = floor(v1); "
+        "v13 = ceil(v1); v14 = maximum(v6, v7); v15 = ge(up, 0.1); v16 = lt(up, 0.9); v17 = le(v6, v7); "
+        "v18 = eq(v11, 1.0); v19 = ne(v12, 2.0); v20 = logical_and(v15, v16); v21 = logical_or(v20, v17); "
+        "v22 = logical_not(v18); v23 = where(v21, v2, v3); v24 = where(v22, v4, v5); v25 = where(v19, v8, v9); "
+        "v26 = mul(v23, v24); v27 = add(v26, v25); v28 = add(v27, v14); v29 = add(v28, v10); v30 = mul(v13, 0.25); "
+        "v31 = add(v29, v30); v32 = where(v15, 1.0, 0.5); v33 = mul(v31, v32)"
+    ),
+}
+
+
+def make_constants(text: str, neurons: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Random constants of a program; those of one element in shapes [] and [1]."""
+    names = parse_program(text).constant_names
+    sizes = [(neurons,) if name[0] == "n" else (1,) * (index % 2) for index, name in enumerate(names)]
+    return tuple(torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes)
+
+
+def make_program_call(shape: Shape, text: str, *, dtype: torch.dtype = torch.float64) -> SparseFfnCall:
+    call = make_call(shape, gated=parse_program(text).gated, dtype=dtype, activation=text)
+    return call._replace(constants=make_constants(text, shape.neurons, dtype))
+
+
+def interleaved(call: SparseFfnCall) -> SparseFfnCall:
+    """The same gated FFN with gate and up as every other row of one projection, as gpt-oss keeps them."""
+    up, gate, down, up_bias, gate_bias, down_bias = call.weights
+    assert gate is not None
+    assert up_bias is not None
+    assert gate_bias is not None
+    both, bias = torch.stack([gate, up], 1).flatten(0, 1), torch.stack([gate_bias, up_bias], 1).flatten()
+    weights = FfnWeights(both[1::2], both[::2], down, bias[1::2], bias[::2], down_bias)
+    return call._replace(weights=weights)
+
+
 def widen(weights: FfnWeights) -> FfnWeights:
     return FfnWeights._make(None if t is None else t.double() for t in weights)
 
@@ -85,13 +134,18 @@ def in_float64(call: SparseFfnCall) -> SparseFfnCall:
     """The same numbers in float64: what every other dtype is measured against."""
     bias = None if call.router_bias_E is None else call.router_bias_E.double()
     return call._replace(
-        x_D=call.x_D.double(), router_ED=call.router_ED.double(), router_bias_E=bias, weights=widen(call.weights)
+        x_D=call.x_D.double(),
+        router_ED=call.router_ED.double(),
+        router_bias_E=bias,
+        weights=widen(call.weights),
+        constants=tuple(constant.double() for constant in call.constants),
     )
 
 
 def run_op(call: SparseFfnCall) -> Tensor:
-    x, router, bias, weights, activation, size, tau, offsets = call
-    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *weights, activation, size, tau, offsets)
+    x, router, bias, weights, activation, size, tau, offsets, constants = call
+    given = list(constants) if constants else None
+    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *weights, activation, size, tau, offsets, given)
     return result
 
 

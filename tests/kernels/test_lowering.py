@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from lte_compile.kernels.layout import is_neuron_major, neuron_major
-from lte_compile.kernels.lowering import LOWERINGS, MAX_CPU_TOKENS, MAX_DECODE_EXPERTS, choose, describe
+from lte_compile.kernels.lowering import (
+    LOWERINGS,
+    MAX_BATCH_TOKENS,
+    MAX_CPU_TOKENS,
+    MAX_LISTED_EXPERTS,
+    choose,
+    describe,
+)
 from lte_compile.kernels.sparse_ffn_cpu import find_runs, sparse_ffn_cpu
 from lte_compile.kernels.sparse_ffn_reference import sparse_ffn_reference
-from tests.kernels.problems import SHAPES, Shape, make_call, with_tokens
+from tests.kernels.problems import SHAPES, Shape, interleaved, make_call, with_tokens
 
 ONE_TOKEN = describe(make_call(SHAPES[0], dtype=torch.float32))
 ON_CUDA = ONE_TOKEN._replace(device="cuda")
@@ -28,6 +35,15 @@ def test_one_token_on_cuda_is_decoded_by_triton() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "name"),
+    [(0, "reference"), (2, "triton-batch"), (MAX_BATCH_TOKENS, "triton-batch"), (MAX_BATCH_TOKENS + 1, "reference")],
+)
+def test_a_few_tokens_on_cuda_share_the_experts_they_read(tokens: int, name: str) -> None:
+    pytest.importorskip("triton")
+    assert choose(ON_CUDA._replace(tokens=tokens)).lowering.name == name
+
+
+@pytest.mark.parametrize(
     "change, reason",
     [
         ({"tokens": 2}, "serves one token; got 2"),
@@ -35,8 +51,9 @@ def test_one_token_on_cuda_is_decoded_by_triton() -> None:
         ({"dtype": torch.float64}, "float64"),
         ({"unequal_experts": True}, "expert_offsets"),
         ({"contiguous": False}, "contiguous"),
+        ({"constants_elsewhere": True}, "constant of the hidden region is on another device"),
         ({"down_is_neuron_major": False}, "neuron-major"),
-        ({"experts": MAX_DECODE_EXPERTS + 1}, "lists up to"),
+        ({"experts": MAX_LISTED_EXPERTS + 1}, "lists up to"),
         ({"device": "cpu"}, "needs a CUDA device"),
     ],
 )
@@ -46,6 +63,15 @@ def test_triton_refuses_with_a_reason(change: dict[str, object], reason: str) ->
     assert choice.lowering.name != "triton-decode"
     assert reason in choice.refusals["triton-decode"]
     assert reason in str(choice)
+
+
+def test_projections_of_interleaved_halves_are_decoded_in_place() -> None:
+    call = interleaved(make_call(SHAPES[0], dtype=torch.float32))
+    request = describe(call)._replace(device="cuda")
+    assert request.contiguous
+    pytest.importorskip("triton")
+    assert choose(request).lowering.name == "triton-decode"
+    assert "every other row" in choose(request._replace(tokens=3)).refusals["triton-batch"]
 
 
 def test_few_tokens_on_a_cpu_read_runs_of_experts() -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from lte_compile.kernels.activations import ACTIVATIONS
+from lte_compile.kernels.program import parse_program
 from tests.kernels import interpreted_decode
-from tests.kernels.problems import TOLERANCE
+from tests.kernels.problems import PROGRAMS, TOLERANCE
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROUTE_UP_TYPES = {
     **dict.fromkeys(("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr"), "*bf16"),
     "router_bias_ptr": "*fp32",
+    "constants": (),
     "hidden_ptr": "*fp32",
     "active_ptr": "*i32",
     "arrived_ptr": "*i32",
@@ -62,16 +64,24 @@ def test_interpreted_kernels_match_float64(
     assert interpreted_errors[f"{shape}, {dtype}, {form}"] < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("case", [*ACTIVATIONS, "all active", "none active"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_interpreted_generated_kernels_match_float64(
+    interpreted_errors: dict[str, float], name: str, dtype: torch.dtype
+) -> None:
+    assert interpreted_errors[f"program {name}, {dtype}"] < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", [*ACTIVATIONS, "all active", "none active", "interleaved halves"])
 def test_interpreted_activations_and_extremes_match_float64(interpreted_errors: dict[str, float], case: str) -> None:
     assert interpreted_errors[case] < TOLERANCE[torch.float32]
 
 
-def compile_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int) -> str:
+def compile_ptx(kernel: Any, types: dict[str, Any], constants: dict[str, Any], capability: int, warps: int) -> str:
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and types[n][0] == "*"
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and types[n][:1] == "*"
     }
     source = ASTSource(
         fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=aligned
@@ -103,7 +113,15 @@ def test_kernels_compile_without_spills(gated: bool, capability: int) -> None:
     config = DecodeConfig()
     missing = ("up_bias_ptr", "gate_bias_ptr") if gated else ("gate_ptr", "gate_bias_ptr")
     shape: dict[str, object] = {"D": 4096, "EXPERT_SIZE": 32}
-    up = {**dict.fromkeys(missing), **shape, "ACTIVATION": "silu" if gated else "gelu", "COUNTERS": 16}
+    up = {
+        "ROW_STRIDE": 4096,
+        "BIAS_STRIDE": 1,
+        **dict.fromkeys(missing),
+        **shape,
+        "ACTIVATION": "silu" if gated else "gelu",
+        "COUNTERS": 16,
+    }
+    up |= {"IS_PROGRAM": False}
     up |= {"ROWS": config.up_rows, "BLOCK": config.up_block, "STAGES": config.up_stages}
     down = {**shape, "EXPERTS": 344, "EXPERTS_PADDED": 512, "SPLITS": config.down_splits}
     down |= {"ROWS": config.down_rows, "BLOCK": config.down_block, "STAGES": config.down_stages}
@@ -114,3 +132,23 @@ def test_kernels_compile_without_spills(gated: bool, capability: int) -> None:
         ptx = compile_ptx(kernel, types, constants, capability, warps)
         assert re.search(r"ld\.global\S*\.v4", ptx), "weights must be read 16 bytes at a time"
         assert spilled_bytes(ptx, capability) == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_generated_kernels_compile_without_spills(name: str, capability: int) -> None:
+    from lte_compile.kernels import decode_kernels
+    from lte_compile.kernels.program_triton import generated_kernel
+    from lte_compile.kernels.triton_decode import DecodeConfig
+
+    config, program = DecodeConfig(), parse_program(PROGRAMS[name])
+    missing = ("up_bias_ptr", "gate_bias_ptr") if program.gated else ("gate_ptr", "gate_bias_ptr")
+    constants = {**dict.fromkeys(missing), "D": 4096, "EXPERT_SIZE": 32, "COUNTERS": 16, "IS_PROGRAM": True}
+    constants |= {"ROW_STRIDE": 8192 if program.gated else 4096, "BIAS_STRIDE": 1}
+    constants |= {"ROWS": config.up_rows, "BLOCK": config.up_block, "STAGES": config.up_stages}
+    constants |= {"ACTIVATION": generated_kernel(str(program))}
+    types = ROUTE_UP_TYPES | {"constants": ("*bf16",) * len(program.constant_names)}
+    ptx = compile_ptx(decode_kernels.route_up, types, constants, capability, config.up_warps)
+    assert re.search(r"ld\.global\S*\.v4", ptx), "weights must be read 16 bytes at a time"
+    assert "mul.f64" not in ptx or "sin(" in PROGRAMS[name]  # sin of large values is reduced in fp64
+    assert spilled_bytes(ptx, capability) == 0

@@ -70,10 +70,10 @@ def _value(graph: fx.Graph, names: dict[str, fx.Node], expression: ast.expr) -> 
 
 
 def _call(graph: fx.Graph, names: dict[str, fx.Node], call: ast.Call, name: str | None) -> fx.Node:
-    namespace, op = ast.unparse(call.func).split(".", 1)
+    namespace, op, *chosen = ast.unparse(call.func).split(".")
     packet = getattr(getattr(torch.ops, namespace), op)
     args = tuple(_value(graph, names, arg) for arg in call.args)
     kwargs = {str(keyword.arg): _value(graph, names, keyword.value) for keyword in call.keywords}
-    overload = next((name for name in ("Tensor", "default") if name in packet.overloads()), None)
+    overload = next((name for name in (*chosen, "Tensor", "default") if name in packet.overloads()), None)
     target = packet if overload is None else getattr(packet, overload)
     return graph.create_node("call_function", target, args, kwargs, name=name or op)

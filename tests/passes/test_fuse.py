@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte_compile.passes.anchors import lte_nodes
+from lte_compile.passes.anchors import arguments, lte_nodes
 from lte_compile.passes.copying import copy_captured
 from lte_compile.passes.fuse import FuseExperts
 from lte_compile.passes.ir import CapturedGraph, PassReport
@@ -103,6 +103,62 @@ h = aten.relu(aten.linear(x, w_up))
 return aten.linear(lte.gate_hidden(aten.dropout(h, 0.5, False), gates, 3), w_down)
 """
 )
+REGION_HEAD = (
+    HEAD
+    + """
+scale = parameter(8)
+shift = parameter(1, 1, 8)
+alpha = parameter()
+beta = parameter(1)
+u = aten.linear(x, w_up, b_up)
+g = aten.linear(x, w_gate)
+both = aten.linear(x, w_both, b_both)
+"""
+)
+# Regions that no named activation is, and the programs they become.
+REGIONS = {
+    "relu6": ("h = aten.hardtanh(u, 0.0, 6.0)", "v0 = clamp_min(up, 0.0); v1 = clamp_max(v0, 6.0)"),
+    "scaled": ("h = aten.mul(aten.relu(u), 0.5)", "v0 = relu(up); v1 = mul(v0, 0.5)"),
+    "scale and shift of each neuron": (
+        "h = aten.silu(aten.add(aten.mul(u, scale), shift))",
+        "v0 = mul(up, n0); v1 = add(v0, n1); v2 = sigmoid(v1); v3 = mul(v1, v2)",
+    ),
+    "softcap": (
+        "h = aten.mul(aten.tanh(aten.div(u, 5.0)), 5.0)",
+        "v0 = div(up, 5.0); v1 = tanh(v0); v2 = mul(v1, 5.0)",
+    ),
+    "learnable slope": (
+        "h = aten.mul(u, aten.sigmoid(aten.mul(u, alpha)))",
+        "v0 = mul(up, s0); v1 = sigmoid(v0); v2 = mul(up, v1)",
+    ),
+    "numbers computed from parameters": (  # they move into the program: no launch for a single number
+        "h = aten.mul(aten.relu(u), aten.exp(aten.neg(beta)))",
+        "v0 = relu(up); v1 = neg(s0); v2 = exp(v1); v3 = mul(v0, v2)",
+    ),
+    "clamped gate of interleaved halves (gpt-oss)": (
+        "a = aten.clamp.default(aten.slice(both, -1, 0, 16, 2), None, 0.7)\n"
+        "b = aten.clamp.default(aten.slice(both, -1, 1, 16, 2), -0.7, 0.7)\n"
+        "h = aten.mul(aten.add(b, 1.0), aten.mul(a, aten.sigmoid(aten.mul(a, 1.702))))",
+        "v0 = clamp_max(gate, 0.7); v1 = clamp_min(up, -0.7); v2 = clamp_max(v1, 0.7); v3 = add(v2, 1.0); "
+        "v4 = mul(v0, 1.702); v5 = sigmoid(v4); v6 = mul(v0, v5); v7 = mul(v3, v6)",
+    ),
+    "clamped before it is split": (
+        "c = aten.clamp.default(both, -1.0, 1.0)\n"
+        "h = aten.mul(aten.slice(c, -1, 0, 8), aten.relu(aten.slice(c, -1, 8, 16)))",
+        "v0 = clamp_min(up, -1.0); v1 = clamp_max(v0, 1.0); v2 = clamp_min(gate, -1.0); v3 = clamp_max(v2, 1.0); "
+        "v4 = relu(v3); v5 = mul(v1, v4)",
+    ),
+    "two operands in a form of its own": (
+        "h = aten.maximum(g, aten.tanh(aten.add(g, u)))",
+        "v0 = add(up, gate); v1 = tanh(v0); v2 = maximum(up, v1)",
+    ),
+}
+
+
+def region_graph(name: str) -> str:
+    return f"{REGION_HEAD}{REGIONS[name][0]}\nreturn aten.linear(lte.gate_hidden(h, gates, 3), w_down)\n"
+
+
 FUSABLE = {
     "plain": PLAIN,
     "gated": GATED,
@@ -113,6 +169,7 @@ FUSABLE = {
     "flat_gates": FLAT_GATES,
     "separate_bias": SEPARATE_BIAS,
     "dropout_switched_off": NARROW_LAST,
+    **{name: region_graph(name) for name in REGIONS},
 }
 
 
@@ -209,6 +266,15 @@ def values_and_gradients(graph: CapturedGraph, x: Tensor) -> dict[str, Tensor]:
     return {"output": result.detach(), **found}
 
 
+@pytest.mark.parametrize("name", REGIONS)
+def test_other_regions_become_programs(name: str) -> None:
+    _, after, report = fused(region_graph(name))
+    (node,) = lte_nodes(after, "expert_ffn")
+    program = arguments(node)["activation"]
+    assert program == REGIONS[name][1]
+    assert f"its hidden region a program of {program.count(';') + 1} operations" in report.changes[0]
+
+
 @pytest.mark.parametrize("name", FUSABLE)
 def test_a_second_run_changes_nothing(name: str) -> None:
     _, after, _ = fused(FUSABLE[name])
@@ -230,17 +296,16 @@ def test_fake_values_and_provenance_come_along() -> None:
 
 
 MUST_STAY = {
-    # relu6 is none of the op's activations
-    "unknown activation": (
-        "h = aten.hardtanh(aten.linear(x, w_up), 0.0, 6.0)\ny = lte.gate_hidden(h, gates, 3)\n"
+    # no row of kernels/pointwise.py, and torch has nothing simpler for it
+    "an operation without a kernel": (
+        "h = aten.erfinv(aten.tanh(aten.linear(x, w_up)))\ny = lte.gate_hidden(h, gates, 3)\n"
         "return aten.linear(y, w_down)",
-        "its activation is none that lte.expert_ffn knows",
+        "no kernel can be generated for its hidden region: op erf_inv is not in the table",
     ),
-    # the op has no place for a scale inside the FFN
-    "scale": (
-        "h = aten.mul(aten.relu(aten.linear(x, w_up)), 0.5)\ny = lte.gate_hidden(h, gates, 3)\n"
+    "a power that is no product": (
+        "h = aten.pow(aten.relu(aten.linear(x, w_up)), 2.5)\ny = lte.gate_hidden(h, gates, 3)\n"
         "return aten.linear(y, w_down)",
-        "its activation is none that lte.expert_ffn knows",
+        "op pow with exponent 2.5 is not in the table",
     ),
     # a mask drawn per call cannot move into the op
     "dropout": (
@@ -253,11 +318,6 @@ MUST_STAY = {
         "h = aten.relu(aten.linear(x, w_up))\ny = lte.gate_hidden(h, gates, 3)\n"
         "return aten.linear(y, w_down), aten.neg(h)",
         "its hidden value `h` has another user",
-    ),
-    "per-neuron scale": (
-        "h = aten.mul(aten.relu(aten.linear(x, w_up)), b_up)\ny = lte.gate_hidden(h, gates, 3)\n"
-        "return aten.linear(y, w_down)",
-        r"its activation reads per-neuron parameters \(b_up\)",
     ),
     # the op gates last
     "activation behind the anchor": (

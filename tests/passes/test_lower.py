@@ -33,7 +33,7 @@ def test_route_threshold_and_experts_become_one_node() -> None:
         "activation='relu', expert_size=3, tau=0.4)  # float64[2, 3, 4]",
         "return sparse_ffn",
     ]
-    assert report.changes == ("w_down: expert_ffn became sparse_ffn",)
+    assert report.changes == ("w_down: expert_ffn became sparse_ffn, kernel named relu",)
     x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(graph.module(x, x), before.module(x, x), rtol=1e-12, atol=1e-12)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import Tensor
 
 from lte_compile.capture import capture
@@ -72,7 +73,12 @@ def test_near_namesakes_are_unknown(function: Callable[[Tensor], Tensor]) -> Non
         (lambda up: up.flip(-1), (H,), "the hidden units are reordered"),
         (lambda up: torch.relu(up) * 0, (H,), "reaches no hidden unit"),
         (lambda both: torch.relu(both[..., :H]), (2 * H,), "reaches no hidden unit"),
-        (lambda a, b: torch.relu(a + b), (H, H), "neither plain nor gated"),
+        (lambda up: up.flip(1), (H,), "the tokens are reordered"),
+        (lambda up: up.transpose(0, 1).reshape(2, T, H), (H,), "the tokens are reordered"),
+        (lambda up: up.transpose(0, 1), (H,), "the tokens are reordered"),
+        (lambda up: (up.unsqueeze(1) * up.unsqueeze(2)).flatten(1, 2), (H,), "tokens interact"),
+        (lambda both: both[..., :H] * both[..., H:].flip(-1), (2 * H,), "the hidden units are reordered"),
+        (lambda up: up.view(2, T, 6, 4).transpose(2, 3).reshape(2, T, H), (H,), "the hidden units are reordered"),
         (lambda a, b, c: a * b * c, (H, H, H), "do not form a plain or gated FFN"),
         (lambda up: up + 0, (H // 2,), r"widths \[12\] do not form"),
     ],
@@ -80,6 +86,46 @@ def test_near_namesakes_are_unknown(function: Callable[[Tensor], Tensor]) -> Non
 def test_refuses(function: Callable[..., Tensor], widths: tuple[int, ...], message: str) -> None:
     with pytest.raises(ProbeError, match=message):
         probed(function, *widths)
+
+
+@pytest.mark.parametrize(
+    ("function", "gate"),
+    [
+        (lambda a, b: torch.maximum(a, b), 0),
+        (lambda gate, up: gate.clamp(max=7) * torch.sigmoid(1.702 * gate) * (up.clamp(-7, 7) + 1), 0),
+        (lambda up, gate: 5 * torch.tanh(up * torch.relu(gate) / 5), 1),
+        (lambda up, gate: (up + 1) * torch.sin(gate), 1),
+        (lambda a, b: torch.relu(a + b), 0),
+    ],
+)
+def test_two_operands_in_any_elementwise_combination(function: Callable[..., Tensor], gate: int) -> None:
+    """The operand in which the region is linear near zero is `up`; where none is, the first counts as the gate."""
+    assert probed(function, H, H) == Finding(UNKNOWN, Fusion.SEPARATE, gate)
+
+
+@pytest.mark.parametrize(
+    ("function", "widths"),
+    [
+        (lambda up: up + 0, (H,)),
+        (lambda up: 0.5 * up + 3, (H,)),
+        (lambda a, b: a - 2 * b, (H, H)),
+        (lambda both: both[..., :H] + both[..., H:], (2 * H,)),
+    ],
+)
+def test_an_affine_region_is_no_activation(function: Callable[..., Tensor], widths: tuple[int, ...]) -> None:
+    assert (probed(function, *widths).activation, probed(function, *widths).gate) == ("identity", None)
+
+
+@pytest.mark.parametrize("odd", range(H))
+def test_no_channel_goes_unseen(odd: int) -> None:
+    """One hidden unit that reads its neighbour is found whichever it is."""
+
+    def leaking(up: Tensor) -> Tensor:
+        neighbour = (odd + 1) % H
+        return torch.relu(up) + F.pad(up[..., neighbour : neighbour + 1], (odd, H - 1 - odd))
+
+    with pytest.raises(ProbeError, match="hidden units"):
+        probed(leaking, H)
 
 
 def test_the_global_random_state_is_left_alone() -> None:

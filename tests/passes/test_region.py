@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,19 @@ def test_reading_a_size_is_no_escape() -> None:
 
     view, node = view_of(sized)
     assert escape(view, {node["sin"]}, {node["cos"]}) is None
+
+
+def test_a_part_that_nobody_reads_is_no_escape() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    halves = graph.call_function(torch.chunk, (x, 2, -1))
+    first, second = (graph.call_function(operator.getitem, (halves, index)) for index in range(2))
+    graph.output(graph.call_function(torch.sin, (first,)))
+    view = GraphView.of(capture(fx.GraphModule(torch.nn.Module(), graph), (torch.randn(2, 4),)))
+    assert escape(view, {halves, first}, {*first.users}) is None
+    with graph.inserting_after(second):
+        graph.call_function(torch.cos, (second,))
+    assert escape(view, {halves, first}, {*first.users}) == (halves, second)
 
 
 def test_a_region_entered_through_x_alone() -> None:

@@ -1,0 +1,151 @@
+"""lte::sparse_ffn for a few tokens on a GPU: the experts that any token selects are read once and serve all tokens.
+
+Launch 1 (`score_parts`): the router as a matrix product whose long sum is cut, so that enough programs share it.
+Launch 2 (`gate_up`): a program per expert adds the parts up, stops if no token selects the expert, and otherwise
+computes its neurons for every token, zeroing them for tokens that did not select it.
+Launch 3 (`down`): each program lists the active experts by a prefix sum over the flags and adds its share of their rows
+of the neuron-major down-projection; the last to arrive adds the partial sums in a fixed order.
+
+Per-token masks save arithmetic, which is free here; what costs is reading weights, and that follows the union.
+No host sync, fixed grids, no memory kept between calls: one CUDA graph serves every mask. Accumulates in fp32.
+Shape suffixes: T tokens, D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lte_compile.kernels.batch_kernels import down, gate_up, score_parts
+from lte_compile.kernels.program import is_program
+from lte_compile.kernels.program_triton import generated_kernel
+from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+
+MIN_DOT = 16  # tl.dot's smallest side
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Tile sizes (powers of two, at least 16) of the three launches; of 13 tried for 4096 x 11008 on an H100."""
+
+    score_experts: int = 16
+    score_splits: int = 8
+    score_block: int = 128
+    up_neurons: int = 32
+    up_block: int = 128
+    up_warps: int = 4
+    up_stages: int = 4
+    down_neurons: int = 32
+    down_block: int = 64
+    down_programs: int = 256  # column blocks times splits
+    down_warps: int = 4
+    down_stages: int = 6
+
+
+def default_config(width: int, expert_size: int) -> BatchConfig:
+    """Tile sizes for a model width and an expert size."""
+
+    def fitting(size: int, largest: int) -> int:
+        return max(MIN_DOT, min(largest, int(triton.next_power_of_2(size))))
+
+    base = BatchConfig()
+    return BatchConfig(
+        score_block=fitting(width, base.score_block),
+        up_neurons=fitting(expert_size, base.up_neurons),
+        up_block=fitting(width, base.up_block),
+        down_neurons=fitting(expert_size, base.down_neurons),
+        down_block=fitting(width, base.down_block),
+    )
+
+
+def sparse_ffn_batch(call: SparseFfnCall, config: BatchConfig | None = None) -> Tensor:
+    """2 to 64 tokens. The down-projection is neuron-major, all else contiguous; only the last expert may be smaller."""
+    config = config or default_config(call.weights.up_FD.shape[1], call.expert_size)
+    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
+        y_TD = _launch(call, x_TD, config)
+    return y_TD.view(*call.x_D.shape[:-1], y_TD.shape[1])
+
+
+def _launch(call: SparseFfnCall, x_TD: Tensor, config: BatchConfig) -> Tensor:
+    _, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants = call
+    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
+    neurons, out_width = weights.up_FD.shape[0], weights.down_DF.shape[0]
+    padded = max(MIN_DOT, triton.next_power_of_2(tokens))
+    span = triton.cdiv(triton.cdiv(width, config.score_splits), config.score_block) * config.score_block
+    score_splits = triton.cdiv(width, span)
+    blocks = triton.cdiv(out_width, config.down_block)
+    splits = max(1, config.down_programs // blocks)
+    dtype, device = weights.up_FD.dtype, x_TD.device
+    parts_EST = torch.empty(experts * score_splits * tokens, dtype=torch.float32, device=device)
+    flags = torch.empty(experts + blocks, dtype=torch.int32, device=device)
+    hidden_TF = torch.empty(tokens, neurons, dtype=dtype, device=device)
+    partial = torch.empty(splits * tokens * out_width, dtype=torch.float32, device=device)
+    y_TD = torch.empty(tokens, out_width, dtype=dtype, device=device)
+    score_parts[(triton.cdiv(experts, config.score_experts), score_splits)](
+        x_TD,
+        router_ED,
+        parts_EST,
+        flags[experts:],
+        tokens,
+        D=width,
+        EXPERTS=experts,
+        COUNTERS=blocks,
+        SPAN=span,
+        TOKENS=padded,
+        BLOCK_EXPERTS=config.score_experts,
+        BLOCK=config.score_block,
+        UPCAST=x_TD.dtype != router_ED.dtype,
+        STAGES=config.up_stages,
+        num_warps=4,
+    )
+    gate_up[(experts * triton.cdiv(expert_size, config.up_neurons),)](
+        x_TD,
+        parts_EST,
+        router_bias_E,
+        weights.up_FD,
+        weights.gate_FD,
+        weights.up_bias_F,
+        weights.gate_bias_F,
+        constants,
+        hidden_TF,
+        flags,
+        tau,
+        tokens,
+        neurons,
+        D=width,
+        EXPERT_SIZE=expert_size,
+        SCORE_PARTS=score_splits,
+        ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
+        IS_PROGRAM=is_program(activation),
+        TOKENS=padded,
+        NEURONS=config.up_neurons,
+        BLOCK=config.up_block,
+        STAGES=config.up_stages,
+        num_warps=config.up_warps,
+    )
+    down[(blocks, splits)](
+        hidden_TF,
+        flags,
+        weights.down_DF,
+        weights.down_bias_D,
+        partial,
+        flags[experts:],
+        y_TD,
+        tokens,
+        neurons,
+        D=out_width,
+        EXPERTS=experts,
+        EXPERTS_PADDED=triton.next_power_of_2(experts),
+        EXPERT_SIZE=expert_size,
+        TOKENS=padded,
+        NEURONS=config.down_neurons,
+        BLOCK=config.down_block,
+        SPLITS=splits,
+        STAGES=config.down_stages,
+        num_warps=config.down_warps,
+    )
+    return y_TD
