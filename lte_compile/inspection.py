@@ -27,8 +27,8 @@ _TABLE_WIDTH = 160
 class Inspection:
     """The FFN sites of a model, the linear layers that are none of theirs and why, and which tracer saw the model.
 
-    Sites of kind "native_moe" are experts that the model has of itself; they are shown and never rewritten. `str()` is a
-    readable table, `to_dict()` the JSON-able form, `draw()` a picture of one site.
+    Sites of kind "native_moe" are experts that the model has of itself; they are shown and never rewritten. `str()` is
+    a readable table, `to_dict()` the JSON-able form, `draw()` a picture of one site.
     """
 
     sites: tuple[FfnSite, ...]

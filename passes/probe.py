@@ -30,6 +30,7 @@ _TOLERANCE = (
     1e-7  # float64 evaluations of one formula written two ways differ by about 1e-15, gelu and gelu_tanh by 1e-4
 )
 _NUDGES = (0.25, -1.0, 4.0, -16.0, 64.0)  # tried in turn: an activation may be flat around a value
+_SIGNED_STARTS = 40  # at even odds, one unit in 2^40 never has the operand signs that a maximum needs
 _SAMPLED_CHANNELS = 12  # looked at one by one to say what is wrong
 
 
@@ -81,7 +82,7 @@ class _Perturbation:
                 yield ~same.reshape(-1, same.shape[-1])
 
     def tokens(self, up: fx.Node) -> int:
-        (values, _), *_ = self._started()
+        values, _ = next(self._started())
         return values[up].flatten(0, -2).shape[0] if values[up].dim() > 1 else 1
 
     def width(self, up: fx.Node) -> int:
@@ -90,8 +91,7 @@ class _Perturbation:
     def _started(self) -> Iterator[tuple[Values, Tensor]]:
         """Values to start from and what the region makes of them, computed when first needed."""
         yield from self._starts
-        for draw in (_small_inputs, _signed_inputs, _near_zero)[len(self._starts) :]:
-            values = draw(self.runner)
+        for values in itertools.islice(_starting_values(self.runner), len(self._starts), None):
             self._starts.append((values, self.runner(values)))
             yield self._starts[-1]
 
@@ -173,23 +173,30 @@ def _places_reached(perturbation: _Perturbation, up: fx.Node, token: int, channe
     return next((places for places in found if places), [])
 
 
+def _starting_values(runner: Runner) -> Iterator[Values]:
+    """The first will do for nearly all regions; a maximum of two operands may need several to show both."""
+    yield _small_inputs(runner)
+    yield _near_zero(runner)
+    for seed in range(_SIGNED_STARTS):
+        yield _signed_inputs(runner, seed)
+
+
 def _small_inputs(runner: Runner) -> Values:
     """Small positive values: clipped and saturating activations stay alive around them."""
     generator = torch.Generator().manual_seed(0)
     return runner.inputs(lambda shape: 0.1 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64))
 
 
-def _signed_inputs(runner: Runner) -> Values:
-    """A third of the values near zero, where shrinking activations differ from their namesakes, a third where most
-    activations bend, a third far out, where clipped ones differ."""
-    generator = torch.Generator().manual_seed(1)
-    spreads = torch.tensor((0.05, 2.0, 30.0), dtype=torch.float64)
+def _signed_inputs(runner: Runner, seed: int = 1) -> Values:
+    """Half of the projections' values where activations bend, half far out, where clipped ones show their clipping."""
+    generator = torch.Generator().manual_seed(seed)
 
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        spread = spreads[torch.randint(len(spreads), shape, generator=generator)]
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * spread
+    def signed(like: Tensor) -> Tensor:
+        far = torch.rand(like.shape, generator=generator, dtype=torch.float64) < 0.5
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * torch.where(far, 30.0, 2.0)
 
-    return runner.inputs(draw)
+    values = _small_inputs(runner)
+    return values | {up: signed(values[up]) for up in runner.region.ups}
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

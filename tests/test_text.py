@@ -38,7 +38,7 @@ ROWS = [[f"text {i}, with a comma\nand a line", "yes" if i % 3 else "no"] for i 
 def test_own_csv_is_split_without_loss(tmp_path: Path) -> None:
     task = load_task(_csv(tmp_path / "mine.csv", ["text", "label"], [*ROWS, ROWS[0]]))
     assert (task.name, task.labels) == ("mine", ("no", "yes"))
-    assert [len(split) for split in (task.train, task.valid, task.test)] == [32, 4, 4]
+    assert [len(split) for split in (task.train, task.valid, task.test)] == [28, 4, 8]
     everything = {*task.train, *task.valid, *task.test}
     assert everything == {(text, task.labels.index(label)) for text, label in ROWS}
 
@@ -110,7 +110,7 @@ def test_trec_and_movie_read_their_formats(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("lte_compile.data.tasks.fetch_package", lambda package: tmp_path)
 
     trec = load_task("trec")
-    assert (trec.labels, len(trec.train), len(trec.test)) == (("DESC", "NUM"), 16, 2)
+    assert (trec.labels, len(trec.train), len(trec.test)) == (("DESC", "NUM"), 14, 4)
     assert all(text.startswith("What is number") for text, _ in trec.train)
     movie = load_task("movie")
     rows = {*movie.train, *movie.valid, *movie.test}

@@ -20,6 +20,7 @@ def test_the_whole_chain(bert: Path, labelled: Path, tmp_path: Path) -> None:
         target_density=0.3,
         budgets=(0.3, 0.6),
         finetune_steps=150,
+        finetune_rate=3e-3,
         stage1_steps=30,
         stage2_steps=10,
         learning_rate=3e-3,
