@@ -80,8 +80,8 @@ class DemoConfig:
     budgets: tuple[float, ...] = (0.05, 0.1, 0.137, 0.2, 0.3, 0.5)
     finetune_steps: int = 270
     finetune_rate: float = 1e-4
-    stage1_steps: int = 405
-    stage2_steps: int = 270
+    stage1_steps: int = 270
+    stage2_steps: int = 180
     learning_rate: float = 2e-4
     expert_size: int = 8
     seed: int = 0

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch.fx as fx
+from torch import Tensor
 
 from lte_compile.passes.constants import computed_constants, neuron_parameters
-from lte_compile.passes.dataflow import BRANCH_KEY, GraphView
+from lte_compile.passes.dataflow import BRANCH_KEY, GraphView, fake_value
 from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, Rejection, SiteKind
 from lte_compile.passes.linear import Linear, find_linears
 from lte_compile.passes.low_rank import join_updates
 from lte_compile.passes.parts import input_parts, with_output_parts
-from lte_compile.passes.probe import Finding, ProbeError, Region, probe
+from lte_compile.passes.probe import UNKNOWN, Finding, ProbeError, Region, probe
 from lte_compile.passes.reasons import Refusal, explain, inside_higher_order, low_rank_reader, low_rank_update
 from lte_compile.passes.region import escape, reachable, second_entry
 from lte_compile.passes.shared import FfnMatch, refuse_shared_weights
@@ -214,7 +215,7 @@ def _verified(view: GraphView, walk: Walk, down: Linear, x: fx.Node) -> FfnMatch
         down=_name(down),
         width=down.out_width,
         hidden=down.in_width,
-        activation=finding.activation,
+        activation=UNKNOWN if _is_masked(view, walk, down) else finding.activation,
         gated=gate is not None,
         up_bias=up.bias,
         gate_bias=None if gate is None else gate.bias,
@@ -235,6 +236,15 @@ def _verified(view: GraphView, walk: Walk, down: Linear, x: fx.Node) -> FfnMatch
         down_low_rank=_factors(down, 0),
     )
     return FfnMatch(site, x, up, gate, down, nodes, walk.anchor)
+
+
+def _is_masked(view: GraphView, walk: Walk, down: Linear) -> bool:
+    """Whether integers or booleans of the tokens have a say in the hidden values, which no activation's name tells.
+
+    Experts' masks only say which tokens have an expert.
+    """
+    values = [fake_value(side) for side, _ in walk.sides if side not in view.constants]
+    return down.experts == 1 and any(isinstance(v, Tensor) and not v.is_floating_point() for v in values)
 
 
 def _sorted(view: GraphView, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:

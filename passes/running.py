@@ -24,6 +24,7 @@ from lte_compile.passes.dataflow import (
     REGROUP_OPS,
     TRANSPOSE_OPS,
     GraphView,
+    argument,
     fake_value,
     float_hint,
     hint,
@@ -35,6 +36,7 @@ from lte_compile.passes.dataflow import (
 _CAST_METHODS = ("float", "half", "bfloat16", "double", "type_as")
 _VIEWS = REGROUP_OPS | {"unflatten"}
 _MOVES = TRANSPOSE_OPS | {"movedim"}
+_FILLS = ("masked_fill", "masked_fill_")
 _TOKENS = 2  # enough to see one token reach another
 
 Values = dict[fx.Node, Any]
@@ -124,7 +126,15 @@ class Runner:
         if not isinstance(value, Tensor):
             return hint(value) if isinstance(value, (int, torch.SymInt)) else value
         shape = self._shape(node)
-        return draw(shape) if value.is_floating_point() else torch.ones(shape, dtype=value.dtype)
+        if value.is_floating_point():
+            return draw(shape)
+        fill = 0 if self._marks_what_is_filled(node) else 1
+        return torch.full(shape, fill, dtype=value.dtype)
+
+    def _marks_what_is_filled(self, node: fx.Node) -> bool:
+        """Masks are drawn so that hidden values pass them: all true, but for masked_fill's, which say what goes."""
+        fills = (user for user in self.region.nodes if op_name(self.view, user) in _FILLS)
+        return any(argument(user, 1, "mask") is node for user in fills)
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape a value of `node` is drawn in; the hidden axis of a projection comes last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def measure(row: Row) -> Measured:
     )
 
 
-def build(row: Row, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Inputs]:
+def build(row: Row) -> tuple[nn.Module, Inputs]:
     """The row's model in eval mode, weights from a fixed seed, biases away from zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -91,7 +92,7 @@ def build(row: Row, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Inpu
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.1)
-    return model.to(dtype).eval(), _in_dtype(inputs, dtype)
+    return model.to(row.dtype).eval(), _in_dtype(inputs, row.dtype)
 
 
 def _in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -154,7 +155,9 @@ def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _no_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) is True else {}
+    """Off where the model's configuration has it on, also that of a part of it (T5Gemma's decoder)."""
+    on = getattr(getattr(model, "config", None), "use_cache", False) is True
+    return {"use_cache": False} if on or "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Row:
     exportable: bool = True
     onnx: bool = False
     in_default_run: bool = False
+    dtype: torch.dtype = torch.float64  # that of the weights; some models only work in float32
 
     @property
     def expected(self) -> frozenset[str]:
@@ -121,6 +122,7 @@ def pretrained(
     exportable: bool = True,
     onnx: bool = False,
     in_default_run: bool = False,
+    dtype: torch.dtype = torch.float64,
     **settings: Any,
 ) -> Row:
     """A row for a transformers model."""
@@ -132,4 +134,5 @@ def pretrained(
         exportable=exportable,
         onnx=onnx,
         in_default_run=in_default_run,
+        dtype=dtype,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,17 @@ def _bart_like(name: str, model: str, **settings: Any) -> Row:
     return pretrained(name, model, *downs, inputs=text_to_text, **{**_BART, **settings})
 
 
-def _t5_like(name: str, model: str, **settings: Any) -> Row:
+def _t5_like(name: str, model: str, inputs: Callable[[], Inputs] = text_to_text, **settings: Any) -> Row:
     downs = ("encoder.block.{}.layer.1.DenseReluDense.wo", "decoder.block.{}.layer.2.DenseReluDense.wo")
     sizes = {"d_ff": HIDDEN, "d_kv": 8, "num_decoder_layers": LAYERS, "decoder_start_token_id": 0}
-    return pretrained(name, model, *downs, inputs=text_to_text, **{**sizes, **settings})
+    return pretrained(name, model, *downs, inputs=inputs, **{**sizes, **settings})
+
+
+def _text_to_padded_text() -> Inputs:
+    """With a mask for the decoder: without one, UMT5 of transformers 5.17 loses its causality when exported."""
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, -2:] = 0
+    return {**text_to_text(), "decoder_attention_mask": mask}
 
 
 def _mel_features(frames: int = 32) -> Inputs:
@@ -58,7 +66,7 @@ ROWS: tuple[Row, ...] = (
     _t5_like("t5", "T5ForConditionalGeneration", feed_forward_proj="relu", in_default_run=True),
     _t5_like("t5_gated", "T5ForConditionalGeneration", feed_forward_proj="gated-gelu"),
     _t5_like("mt5", "MT5ForConditionalGeneration"),
-    _t5_like("umt5", "UMT5ForConditionalGeneration"),
+    _t5_like("umt5", "UMT5ForConditionalGeneration", inputs=_text_to_padded_text),
     _t5_like("longt5", "LongT5ForConditionalGeneration", encoder_attention_type="local", local_radius=4),
     _bart_like("bart", "BartForConditionalGeneration", onnx=True),
     _bart_like("mbart", "MBartForConditionalGeneration"),
@@ -88,6 +96,7 @@ ROWS: tuple[Row, ...] = (
         "ProphetNetForConditionalGeneration",
         "prophetnet.encoder.layers.{}.feed_forward.output",
         "prophetnet.decoder.layers.{}.feed_forward.output",
+        dtype=torch.float32,  # in float64 its mask, float32 times the lowest float64, is NaN everywhere
         inputs=text_to_text,
         encoder_ffn_dim=HIDDEN,
         decoder_ffn_dim=HIDDEN,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.architectures import audio, decoders, encoders, experts, modules, seq2seq, vision
 from tests.architectures.measure import Measured, measure
@@ -26,8 +27,9 @@ ROWS: tuple[Row, ...] = (
 
 # Float64 sums in another order differ by about 1e-16 each. Where a model itself rounds to float32 on the way (norms,
 # rotary embeddings), a sum that was next to a rounding border moves by 6e-8 of its size there.
-DENSE_TOLERANCE = 1e-9
-# An exported program runs the same float64 operations.
+# Sums in float32 differ by about 1e-7 each.
+DENSE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+# An exported program runs the same operations.
 EXPORT_TOLERANCE = 1e-9
 # ONNX Runtime in float32, outputs of size about 1.
 ONNX_TOLERANCE = 1e-4
@@ -47,7 +49,7 @@ def test_architecture(row: Row, record_property: pytest.FixtureRequest) -> None:
     record_property("zoo", record(measured))  # type: ignore[operator]
 
     assert not measured.wrong_routes, f"(missed, false) sites by route: {measured.wrong_routes}"
-    assert (measured.dense_error or 0) <= DENSE_TOLERANCE
+    assert (measured.dense_error or 0) <= DENSE_TOLERANCE[row.dtype]
     assert measured.generates is not False
     assert (measured.export_error or 0) <= EXPORT_TOLERANCE
     assert (measured.onnx_error or 0) <= ONNX_TOLERANCE

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Dinov2Config
+from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
+
 from tests.architectures.row import (
     IMAGE,
     SMALL,
@@ -29,6 +32,12 @@ def _staged(pattern: str, depths: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(pattern.format(stage, block) for stage, depth in enumerate(depths) for block in range(depth))
 
 
+def _dinov2_swiglu_down() -> str:
+    """Releases of transformers after 5.17 renamed `weights_out`."""
+    renamed = hasattr(Dinov2SwiGLUFFN(Dinov2Config(hidden_size=8)), "down_proj")
+    return f"dinov2.encoder.layer.{{}}.mlp.{'down_proj' if renamed else 'weights_out'}"
+
+
 ROWS: tuple[Row, ...] = (
     _vit_like("vit", "ViTForImageClassification", "vit.layers.{}.mlp.fc2", onnx=True, in_default_run=True),
     _vit_like("deit", "DeiTForImageClassification", "deit.layers.{}.mlp.fc2"),
@@ -42,9 +51,7 @@ ROWS: tuple[Row, ...] = (
         "yolos", "YolosModel", "encoder.layer.{}.output.dense", image_size=[IMAGE, IMAGE], num_detection_tokens=3
     ),
     _vit_like("dinov2", "Dinov2ForImageClassification", "dinov2.encoder.layer.{}.mlp.fc2", onnx=True),
-    _vit_like(
-        "dinov2_swiglu", "Dinov2ForImageClassification", "dinov2.encoder.layer.{}.mlp.down_proj", use_swiglu_ffn=True
-    ),
+    _vit_like("dinov2_swiglu", "Dinov2ForImageClassification", _dinov2_swiglu_down(), use_swiglu_ffn=True),
     _vit_like(
         "dinov2_registers",
         "Dinov2WithRegistersForImageClassification",

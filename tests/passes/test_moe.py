@@ -58,6 +58,14 @@ def picked_per_token(m: Bank, x: Tensor) -> Tensor:
     return torch.bmm(hidden[:, None], m.down[ids]).squeeze(1)
 
 
+def masked_tokens(m: Bank, x: Tensor) -> Tensor:
+    """Tokens without an expert are set to zero on the way, as transformers does for experts on other devices."""
+    ids = m.router(x).argmax(-1)
+    lost = (ids >= EXPERTS)[:, None]
+    hidden = torch.bmm(x[:, None], m.up[ids]).squeeze(1).masked_fill(lost, 0.0)
+    return torch.bmm(F.silu(hidden)[:, None], m.down[ids]).squeeze(1).masked_fill(lost, 0.0)
+
+
 def by_export(model: nn.Module) -> CapturedGraph:
     return capture_by_export(model, Call((torch.randn(TOKENS, WIDTH),), {}))
 
@@ -72,7 +80,7 @@ def by_fx(model: nn.Module) -> CapturedGraph:
 
 
 @pytest.mark.parametrize("tracer", [by_export, by_dynamo, by_fx])
-@pytest.mark.parametrize("compute", [every_expert, copied_tokens, loop, picked_per_token])
+@pytest.mark.parametrize("compute", [every_expert, copied_tokens, loop, picked_per_token, masked_tokens])
 def test_banks_are_native_sites(compute: Callable[[Any, Tensor], Tensor], tracer: Any) -> None:
     search = find_ffns(tracer(Bank(compute)))
     (site,) = {match.site for match in search.native_moe}
