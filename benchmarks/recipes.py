@@ -73,6 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "co-activation, rate 1e-4, distillation .5": {"train": {"distillation": 0.5}},
     "co-activation, rate 3e-4": {"train": {"learning_rate": 3e-4}},
     "demo": {"expert_size": 8, "density": 0.137},
+    "demo, 270 + 180": {"expert_size": 8, "density": 0.137, "stage1_steps": 270, "stage2_steps": 180},
     "demo, distillation .5": {
         "expert_size": 8,
         "density": 0.137,

@@ -80,8 +80,8 @@ class DemoConfig:
     budgets: tuple[float, ...] = (0.05, 0.1, 0.137, 0.2, 0.3, 0.5)
     finetune_steps: int = 270
     finetune_rate: float = 1e-4
-    stage1_steps: int = 270
-    stage2_steps: int = 180
+    stage1_steps: int = 405
+    stage2_steps: int = 270
     learning_rate: float = 2e-4
     expert_size: int = 8
     seed: int = 0
@@ -183,11 +183,12 @@ def run_demo(directory: Path, config: DemoConfig | None = None, *, on_step: OnSt
 
 
 def _load_data(task: LabelledTask, tokenizer: Any, seed: int) -> _Data:
+    by_length = sorted(encode_rows(task.test, tokenizer), key=lambda example: len(example.tokens))  # little padding
     return _Data(
         task=task,
         train=classification_batches(task.train, tokenizer, seed=seed),
         valid=tuple(evaluation_batches(encode_rows(task.valid, tokenizer), tokenizer)),
-        test=tuple(evaluation_batches(encode_rows(task.test, tokenizer), tokenizer)),
+        test=tuple(evaluation_batches(by_length, tokenizer)),
     )
 
 
