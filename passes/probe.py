@@ -31,6 +31,7 @@ _TOLERANCE = (
 )
 _NUDGES = (0.25, -1.0, 4.0, -16.0, 64.0)  # tried in turn: an activation may be flat around a value
 _SIGNED_STARTS = 40  # at even odds, one unit in 2^40 never has the operand signs that a maximum needs
+_SPREADS = torch.tensor((0.05, 2.0, 30.0), dtype=torch.float64)  # standard deviations of the values to start from
 _SAMPLED_CHANNELS = 12  # looked at one by one to say what is wrong
 
 
@@ -188,12 +189,13 @@ def _small_inputs(runner: Runner) -> Values:
 
 
 def _signed_inputs(runner: Runner, seed: int = 1) -> Values:
-    """Half of the projections' values where activations bend, half far out, where clipped ones show their clipping."""
+    """A third of the projections' values near zero, where shrinking activations differ from their namesakes, a third
+    where most activations bend, a third far out, where clipped ones show their clipping."""
     generator = torch.Generator().manual_seed(seed)
 
     def signed(like: Tensor) -> Tensor:
-        far = torch.rand(like.shape, generator=generator, dtype=torch.float64) < 0.5
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * torch.where(far, 30.0, 2.0)
+        spread = _SPREADS[torch.randint(len(_SPREADS), like.shape, generator=generator)]
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * spread
 
     values = _small_inputs(runner)
     return values | {up: signed(values[up]) for up in runner.region.ups}
