@@ -28,12 +28,12 @@ from benchmarks.decode import (
     Workload,
     copy_bandwidth,
     dense_baselines,
+    error_against_float64,
     make_layer,
     time_graph,
     write,
 )
-from lte_compile.kernels.ffn import FfnWeights
-from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
+from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts
 from lte_compile.kernels.triton_batch import sparse_ffn_batch
 
 TOKENS = (2, 4, 8, 16, 32, 64)
@@ -90,7 +90,7 @@ def measure(
         sparse_us=sparse_us,
         dense_us=dense_us,
         goal_us=dense_us * (draws.union + 0.08) / 0.88,
-        error=error_against_float64(layers[0]),
+        error=error_against_float64(sparse_ffn_batch, layers[0]),
     )
 
 
@@ -106,14 +106,6 @@ def with_density(layers: list[SparseFfnCall], density: float) -> list[SparseFfnC
         shift = 50.0 if density >= 1 else -float(torch.quantile(logits.flatten(), 1 - density))
         changed.append(layer._replace(router_bias_E=torch.full((layer.router_ED.shape[0],), shift, device="cuda")))
     return changed
-
-
-def error_against_float64(layer: SparseFfnCall) -> float:
-    wide = FfnWeights._make(None if t is None else t.double() for t in layer.weights)
-    bias = None if layer.router_bias_E is None else layer.router_bias_E.double()
-    exact = layer._replace(x_D=layer.x_D.double(), router_ED=layer.router_ED.double(), router_bias_E=bias, weights=wide)
-    expected = sparse_ffn_reference(exact)
-    return float((sparse_ffn_batch(layer).double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def rows_of(work: Workload, repeats: int) -> list[Measurement]:

@@ -216,12 +216,12 @@ def _part(config: DecodeConfig, prefix: str) -> dict[str, int]:
     return {name: value for name, value in asdict(config).items() if name.startswith(prefix)}
 
 
-def error_against_float64(layer: SparseFfnCall) -> float:
+def error_against_float64(run: Callable[[SparseFfnCall], Tensor], layer: SparseFfnCall) -> float:
     wide = FfnWeights._make(None if t is None else t.double() for t in layer.weights)
     bias = None if layer.router_bias_E is None else layer.router_bias_E.double()
     exact = layer._replace(x_D=layer.x_D.double(), router_ED=layer.router_ED.double(), router_bias_E=bias, weights=wide)
     expected = sparse_ffn_reference(exact)
-    difference = sparse_ffn_decode(layer).double() - expected
+    difference = run(layer).double() - expected
     return float(difference.norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -256,7 +256,7 @@ def measure(
         floor_us=floor_us,
         share_of_floor=floor_us / default_us,
         speedup=dense_us / default_us,
-        error=error_against_float64(layers[0]),
+        error=error_against_float64(sparse_ffn_decode, layers[0]),
     )
 
 

@@ -12,7 +12,7 @@ tl.dot takes fp16 and bf16 operands as they are and never turns fp32 into tf32.
 import triton
 import triton.language as tl
 
-from lte_compile.kernels.decode_kernels import activate
+from lte_compile.kernels.decode_kernels import activate, list_active, nth_active
 
 
 @triton.jit
@@ -171,15 +171,13 @@ def down(
     block, split = tl.program_id(0), tl.program_id(1)
     token_T = tl.arange(0, TOKENS)
     column_B = block * BLOCK + tl.arange(0, BLOCK)
-    expert_E = tl.arange(0, EXPERTS_PADDED)
-    active_E = tl.load(active_ptr + expert_E, mask=expert_E < EXPERTS, other=0)
-    position_E = tl.cumsum(active_E, 0) - 1  # of an active expert in the list of active experts
+    active_E, position_E = list_active(active_ptr, EXPERTS, EXPERTS_PADDED)
     num_active = tl.sum(active_E, 0)
 
     parts: tl.constexpr = (EXPERT_SIZE + NEURONS - 1) // NEURONS
     sum_TB = tl.zeros([TOKENS, BLOCK], tl.float32)
     for unit in tl.range(split, num_active * parts, SPLITS, num_stages=STAGES):
-        expert = tl.sum(tl.where((position_E == unit // parts) & (active_E != 0), expert_E, 0), 0)
+        expert = nth_active(unit // parts, active_E, position_E, EXPERTS_PADDED)
         in_expert_N = (unit % parts) * NEURONS + tl.arange(0, NEURONS)
         neuron_N = expert * EXPERT_SIZE + in_expert_N
         exists_N = (in_expert_N < EXPERT_SIZE) & (neuron_N < F)

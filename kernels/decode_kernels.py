@@ -126,6 +126,20 @@ def route_up(
 
 
 @triton.jit
+def list_active(active_ptr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr):
+    """The flags, and each active expert's position in the list of active experts."""
+    expert_E = tl.arange(0, EXPERTS_PADDED)
+    active_E = tl.load(active_ptr + expert_E, mask=expert_E < EXPERTS, other=0)
+    return active_E, tl.cumsum(active_E, 0) - 1
+
+
+@triton.jit
+def nth_active(index, active_E, position_E, EXPERTS_PADDED: tl.constexpr):
+    """The expert at a position of the list."""
+    return tl.sum(tl.where((position_E == index) & (active_E != 0), tl.arange(0, EXPERTS_PADDED), 0), 0)
+
+
+@triton.jit
 def down(
     hidden_ptr,
     active_ptr,
@@ -147,15 +161,13 @@ def down(
     block = tl.program_id(0)
     split = tl.program_id(1)
     column_B = block * BLOCK + tl.arange(0, BLOCK)
-    expert_E = tl.arange(0, EXPERTS_PADDED)
-    active_E = tl.load(active_ptr + expert_E, mask=expert_E < EXPERTS, other=0)
-    position_E = tl.cumsum(active_E, 0) - 1  # of an active expert in the list of active experts
+    active_E, position_E = list_active(active_ptr, EXPERTS, EXPERTS_PADDED)
     num_active = tl.sum(active_E, 0)
 
     parts: tl.constexpr = (EXPERT_SIZE + ROWS - 1) // ROWS
     sum_RB = tl.zeros([ROWS, BLOCK], tl.float32)
     for unit in tl.range(split, num_active * parts, SPLITS, num_stages=STAGES):
-        expert = tl.sum(tl.where((position_E == unit // parts) & (active_E != 0), expert_E, 0), 0)
+        expert = nth_active(unit // parts, active_E, position_E, EXPERTS_PADDED)
         in_expert_R = (unit % parts) * ROWS + tl.arange(0, ROWS)
         neuron_R = expert * EXPERT_SIZE + in_expert_R
         exists_R = (in_expert_R < EXPERT_SIZE) & (neuron_R < F)

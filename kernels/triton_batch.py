@@ -34,6 +34,8 @@ class BatchConfig:
     score_experts: int = 16
     score_splits: int = 8
     score_block: int = 128
+    score_warps: int = 4
+    score_stages: int = 4
     up_neurons: int = 32
     up_block: int = 128
     up_warps: int = 4
@@ -65,83 +67,101 @@ def sparse_ffn_batch(call: SparseFfnCall, config: BatchConfig | None = None) -> 
     """2 to 64 tokens. The down-projection is neuron-major, all else contiguous; only the last expert may be smaller."""
     config = config or default_config(call.weights.up_FD.shape[1], call.expert_size)
     x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    experts, out_width = call.router_ED.shape[0], call.weights.down_DF.shape[0]
+    flags = torch.empty(experts + triton.cdiv(out_width, config.down_block), dtype=torch.int32, device=x_TD.device)
+    active_E, arrived = flags[:experts], flags[experts:]
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
-        y_TD = _launch(call, x_TD, config)
-    return y_TD.view(*call.x_D.shape[:-1], y_TD.shape[1])
+        parts_EST = _score_parts(call, x_TD, arrived, config)
+        hidden_TF = _gate_up(call, x_TD, parts_EST, active_E, config)
+        y_TD = _down(call, hidden_TF, active_E, arrived, config)
+    return y_TD.view(*call.x_D.shape[:-1], out_width)
 
 
-def _launch(call: SparseFfnCall, x_TD: Tensor, config: BatchConfig) -> Tensor:
-    _, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants = call
-    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
-    neurons, out_width = weights.up_FD.shape[0], weights.down_DF.shape[0]
-    padded = max(MIN_DOT, triton.next_power_of_2(tokens))
+def _padded(tokens: int) -> int:
+    return max(MIN_DOT, int(triton.next_power_of_2(tokens)))
+
+
+def _score_parts(call: SparseFfnCall, x_TD: Tensor, arrived: Tensor, config: BatchConfig) -> Tensor:
+    """Launch 1: the parts [E, S, T] that each score is the sum of, in fp32; clears the counters of launch 3."""
+    (tokens, width), experts = x_TD.shape, call.router_ED.shape[0]
     span = triton.cdiv(triton.cdiv(width, config.score_splits), config.score_block) * config.score_block
-    score_splits = triton.cdiv(width, span)
-    blocks = triton.cdiv(out_width, config.down_block)
-    splits = max(1, config.down_programs // blocks)
-    dtype, device = weights.up_FD.dtype, x_TD.device
-    parts_EST = torch.empty(experts * score_splits * tokens, dtype=torch.float32, device=device)
-    flags = torch.empty(experts + blocks, dtype=torch.int32, device=device)
-    hidden_TF = torch.empty(tokens, neurons, dtype=dtype, device=device)
-    partial = torch.empty(splits * tokens * out_width, dtype=torch.float32, device=device)
-    y_TD = torch.empty(tokens, out_width, dtype=dtype, device=device)
-    score_parts[(triton.cdiv(experts, config.score_experts), score_splits)](
+    splits = triton.cdiv(width, span)
+    parts_EST = torch.empty(experts, splits, tokens, dtype=torch.float32, device=x_TD.device)
+    score_parts[(triton.cdiv(experts, config.score_experts), splits)](
         x_TD,
-        router_ED,
+        call.router_ED,
         parts_EST,
-        flags[experts:],
+        arrived,
         tokens,
         D=width,
         EXPERTS=experts,
-        COUNTERS=blocks,
+        COUNTERS=len(arrived),
         SPAN=span,
-        TOKENS=padded,
+        TOKENS=_padded(tokens),
         BLOCK_EXPERTS=config.score_experts,
         BLOCK=config.score_block,
-        UPCAST=x_TD.dtype != router_ED.dtype,
-        STAGES=config.up_stages,
-        num_warps=4,
+        UPCAST=x_TD.dtype != call.router_ED.dtype,
+        STAGES=config.score_stages,
+        num_warps=config.score_warps,
     )
-    gate_up[(experts * triton.cdiv(expert_size, config.up_neurons),)](
+    return parts_EST
+
+
+def _gate_up(call: SparseFfnCall, x_TD: Tensor, parts_EST: Tensor, active_E: Tensor, config: BatchConfig) -> Tensor:
+    """Launch 2: hidden values [T, F] of the union's neurons, the rest unset, and the flags that say which those are."""
+    weights, activation, (tokens, width) = call.weights, call.activation, x_TD.shape
+    neurons = weights.up_FD.shape[0]
+    hidden_TF = torch.empty(tokens, neurons, dtype=weights.up_FD.dtype, device=x_TD.device)
+    gate_up[(len(active_E) * triton.cdiv(call.expert_size, config.up_neurons),)](
         x_TD,
         parts_EST,
-        router_bias_E,
+        call.router_bias_E,
         weights.up_FD,
         weights.gate_FD,
         weights.up_bias_F,
         weights.gate_bias_F,
-        constants,
+        call.constants,
         hidden_TF,
-        flags,
-        tau,
+        active_E,
+        call.tau,
         tokens,
         neurons,
         D=width,
-        EXPERT_SIZE=expert_size,
-        SCORE_PARTS=score_splits,
+        EXPERT_SIZE=call.expert_size,
+        SCORE_PARTS=parts_EST.shape[1],
         ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
         IS_PROGRAM=is_program(activation),
-        TOKENS=padded,
+        TOKENS=_padded(tokens),
         NEURONS=config.up_neurons,
         BLOCK=config.up_block,
         STAGES=config.up_stages,
         num_warps=config.up_warps,
     )
+    return hidden_TF
+
+
+def _down(call: SparseFfnCall, hidden_TF: Tensor, active_E: Tensor, arrived: Tensor, config: BatchConfig) -> Tensor:
+    """Launch 3: the output [T, D]."""
+    weights, experts, (tokens, neurons) = call.weights, len(active_E), hidden_TF.shape
+    out_width, blocks = weights.down_DF.shape[0], len(arrived)
+    splits = max(1, config.down_programs // blocks)
+    partial = torch.empty(splits, tokens, out_width, dtype=torch.float32, device=hidden_TF.device)
+    y_TD = torch.empty(tokens, out_width, dtype=hidden_TF.dtype, device=hidden_TF.device)
     down[(blocks, splits)](
         hidden_TF,
-        flags,
+        active_E,
         weights.down_DF,
         weights.down_bias_D,
         partial,
-        flags[experts:],
+        arrived,
         y_TD,
         tokens,
         neurons,
         D=out_width,
         EXPERTS=experts,
         EXPERTS_PADDED=triton.next_power_of_2(experts),
-        EXPERT_SIZE=expert_size,
-        TOKENS=padded,
+        EXPERT_SIZE=call.expert_size,
+        TOKENS=_padded(tokens),
         NEURONS=config.down_neurons,
         BLOCK=config.down_block,
         SPLITS=splits,

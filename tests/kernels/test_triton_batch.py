@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from lte_compile.kernels.activations import ACTIVATIONS
-from tests.kernels import interpreted_batch
+from tests.kernels.interpreted import run_interpreted
 from tests.kernels.problems import PROGRAMS, TOLERANCE
-from tests.kernels.test_triton_decode import ROOT, compile_ptx, spilled_bytes
+
+pytest.importorskip("triton")
+from tests.kernels import interpreted_batch
+from tests.kernels.ahead_of_time import compile_ptx, spilled_bytes
 
 TYPES = {
     **dict.fromkeys(("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr"), "*bf16"),
@@ -30,12 +29,7 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def interpreted_errors() -> dict[str, float]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.interpreted_batch"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors: dict[str, float] = json.loads(done.stdout)
-    return errors
+    return run_interpreted("tests.kernels.interpreted_batch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -61,7 +55,7 @@ def launches(tokens: int) -> list[tuple[str, dict[str, Any]]]:
     config = BatchConfig()
     common = {"D": 4096, "TOKENS": tokens}
     scores = {"EXPERTS": 344, "COUNTERS": 64, "SPAN": 512, "BLOCK_EXPERTS": config.score_experts}
-    scores |= {"BLOCK": config.score_block, "UPCAST": False, "STAGES": config.up_stages}
+    scores |= {"BLOCK": config.score_block, "UPCAST": False, "STAGES": config.score_stages}
     up = {"EXPERT_SIZE": 32, "SCORE_PARTS": 8, "ACTIVATION": "silu", "IS_PROGRAM": False, "up_bias_ptr": None}
     up |= {"gate_bias_ptr": None, "NEURONS": 32, "BLOCK": config.up_block, "STAGES": config.up_stages}
     down = {"EXPERTS": 344, "EXPERTS_PADDED": 512, "EXPERT_SIZE": 32, "NEURONS": 32, "BLOCK": config.down_block}

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lte_compile.kernels.activations import ACTIVATIONS
 from lte_compile.kernels.program import parse_program
-from tests.kernels import interpreted_decode
+from tests.kernels.interpreted import run_interpreted
 from tests.kernels.problems import PROGRAMS, TOLERANCE
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
+from tests.kernels import interpreted_decode
+from tests.kernels.ahead_of_time import compile_ptx, spilled_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUTE_UP_TYPES = {
     **dict.fromkeys(("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr"), "*bf16"),
     "router_bias_ptr": "*fp32",
@@ -47,12 +40,7 @@ DOWN_TYPES = {
 
 @pytest.fixture(scope="module")
 def interpreted_errors() -> dict[str, float]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.interpreted_decode"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors: dict[str, float] = json.loads(done.stdout)
-    return errors
+    return run_interpreted("tests.kernels.interpreted_decode")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -75,33 +63,6 @@ def test_interpreted_generated_kernels_match_float64(
 @pytest.mark.parametrize("case", [*ACTIVATIONS, "all active", "none active", "interleaved halves"])
 def test_interpreted_activations_and_extremes_match_float64(interpreted_errors: dict[str, float], case: str) -> None:
     assert interpreted_errors[case] < TOLERANCE[torch.float32]
-
-
-def compile_ptx(kernel: Any, types: dict[str, Any], constants: dict[str, Any], capability: int, warps: int) -> str:
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and types[n][:1] == "*"
-    }
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=aligned
-    )
-    target = GPUTarget("cuda", capability, 32)
-    ptx: str = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
-    return ptx
-
-
-def spilled_bytes(ptx: str, capability: int) -> int:
-    """What the ptxas that Triton ships reports."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    architecture = sm_arch_from_capability(capability)
-    command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", "-o", os.devnull, "/dev/stdin"]
-    done = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = re.findall(r"(\d+) bytes spill", done.stderr)
-    assert counts, done.stderr
-    return sum(map(int, counts))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -262,3 +262,34 @@ def test_programs_of_equal_layers_are_equal_texts() -> None:
     texts = {str(program_in(captured(*make("plain", "xielu"), "export")).program) for _ in range(2)}
     assert len(texts) == 1
     assert parse_program(texts.pop()).scalar_constants == 2
+
+
+class MaskedTokens(nn.Module):
+    """Hidden values of some tokens are zeroed, by a mask computed from the FFN's own input."""
+
+    def __init__(self, fill: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fill = fill
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.fill(F.silu(self.up(x)), x.sum(-1, keepdim=True) > 0))
+        return result
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [lambda h, keep: torch.where(keep, h, 0.0), lambda h, keep: h.masked_fill(~keep, 0.0)],
+    ids=["where", "masked_fill"],
+)
+def test_a_mask_of_tokens_is_no_part_of_an_activation(fill: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Named for its values alone the region would be silu, and fusing it would lose the mask."""
+    torch.manual_seed(0)
+    model, x = MaskedTokens(fill).double().eval(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    lte_compile.set_stage(lte_compile.transform(model, TransformConfig(expert_size=5), (x,)), "hard")
+    (graph,) = capture_all(model, (x,))
+    (fused,) = run_pipeline(graph, (FuseExperts(),))
+    assert not fused.changes
+    assert fused.refusals
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="lte")(x), model(x), rtol=1e-12, atol=1e-12)
