@@ -1,4 +1,4 @@
-"""Runs the batch kernels in Triton's interpreter; prints {case: relative error} as JSON (tests.kernels.interpreted)."""
+"""Runs the batch kernels in Triton's interpreter; prints {case: relative error} as JSON (tests.kernels)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the decode kernels in Triton's interpreter; prints {case: relative error} as JSON (tests.kernels.interpreted)."""
+"""Runs the decode kernels in Triton's interpreter; prints {case: relative error} as JSON (tests.kernels)."""
 
 from __future__ import annotations
 
