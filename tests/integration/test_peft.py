@@ -1,4 +1,4 @@
-"""peft's LoRA on attention, before and after transform; tests of LoRA inside FFNs are with the rewrite's."""
+"""peft's LoRA on attention, and its other adapters on FFNs; tests of LoRA inside FFNs are with the rewrite's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from lte_compile.tracing import trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import EXPERT_SIZE, routed
+
+FFN_LINEARS = ["gate_proj", "up_proj", "down_proj"]
+# Scaling and rotating neurons, low-rank factors of other forms, magnitudes apart from directions.
+OTHER_ADAPTERS: dict[str, peft.PeftConfig] = {
+    "dora": peft.LoraConfig(r=2, target_modules=FFN_LINEARS, use_dora=True),
+    "ia3": peft.IA3Config(target_modules=FFN_LINEARS, feedforward_modules=["down_proj"]),
+    "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["down_proj"]),  # elsewhere, routers see it too
+    "loha": peft.LoHaConfig(r=2, target_modules=FFN_LINEARS),
+    "vera": peft.VeraConfig(r=2, target_modules=FFN_LINEARS),
+}
 
 # Merging adds B A to the weights, where the adapter adds its product to the output: float32 sums in another order.
 MERGED: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -100,3 +110,47 @@ def test_generate_through_an_adapter() -> None:
     assert torch.equal(adapted.generate(**inputs, **options), expected)
     merged: Any = adapted.merge_and_unload()
     assert torch.equal(merged.generate(**inputs, **options), expected)
+
+
+def with_other_adapter(model: nn.Module, name: str) -> Any:
+    """One of OTHER_ADAPTERS that changes something."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        adapted: Any = peft.get_peft_model(model, OTHER_ADAPTERS[name], autocast_adapter_dtype=False)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return adapted.double().eval()
+
+
+@pytest.mark.parametrize("name", OTHER_ADAPTERS)
+def test_other_adapters_on_ffns_after_the_transformation(name: str) -> None:
+    """Only where the adapter, too, reads the gated hidden value does merging keep a sparse model's function."""
+    model, inputs = routed("llama", torch.float64)
+    before = output(set_stage(model, "hard"), inputs)
+    adapted = with_other_adapter(model, name)
+    sparse = output(adapted, inputs)
+    assert not torch.allclose(sparse, before, rtol=1e-3)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(output(merged, inputs), sparse, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dora", "oft", "loha", "vera"])
+def test_other_adapters_before_the_transformation_are_refused(name: str) -> None:
+    dense, inputs = zoo.build("llama", torch.float64)
+    names = set(dense.state_dict())
+    adapted = with_other_adapter(dense, name)
+    with pytest.raises(ValueError, match="no FFN found; every candidate was refused") as error:
+        transform(adapted, TransformConfig(expert_size=EXPERT_SIZE), inputs)
+    assert "down_proj" in str(error.value)
+    assert names <= set(adapted.unload().state_dict())  # nothing was rewritten
+
+
+def test_scaled_neurons_before_the_transformation() -> None:
+    """IA3's factors are element-wise: part of the hidden region like any activation."""
+    dense, inputs = zoo.build("llama", torch.float64)
+    adapted = with_other_adapter(dense, "ia3")
+    expected = output(adapted, inputs)
+    transform(adapted, TransformConfig(expert_size=EXPERT_SIZE), inputs)
+    assert len(tuple(routers(adapted))) == 2
+    torch.testing.assert_close(output(adapted, inputs), expected, rtol=1e-10, atol=1e-10)
