@@ -20,12 +20,13 @@ T, H = 4, 24
 
 
 def probed(
-    function: Callable[..., Tensor], *widths: int, hidden: int = H, dtype: torch.dtype = torch.float32
+    function: Callable[..., Tensor], *widths: int, hidden: int = H, dtype: torch.dtype = torch.float32, vectors: int = 0
 ) -> Finding:
-    """Probes `function` of projections of the given widths, all of whose nodes make up the region."""
-    graph = capture(fx.symbolic_trace(function), tuple(torch.zeros(2, T, width, dtype=dtype) for width in widths))
+    """Probes `function` of projections of the given widths and vectors [hidden], all of whose nodes are the region."""
+    projections = (torch.zeros(2, T, width, dtype=dtype) for width in widths)
+    graph = capture(fx.symbolic_trace(function), (*projections, *torch.ones(vectors, hidden, dtype=dtype)))
     nodes = list(graph.module.graph.nodes)
-    ups = tuple(node for node in nodes if node.op == "placeholder")
+    ups = tuple(node for node in nodes if node.op == "placeholder")[: len(widths)]
     inner = tuple(node for node in nodes if node.op not in ("placeholder", "output"))
     region = Region(ups=ups, axes=(2,) * len(ups), nodes=inner, output=inner[-1], axis=2)
     return probe(GraphView.of(graph), region, hidden)
@@ -101,6 +102,15 @@ def test_refuses(function: Callable[..., Tensor], widths: tuple[int, ...], messa
 def test_two_operands_in_any_elementwise_combination(function: Callable[..., Tensor], gate: int) -> None:
     """The operand in which the region is linear near zero is `up`; where none is, the first counts as the gate."""
     assert probed(function, H, H) == Finding(UNKNOWN, Fusion.SEPARATE, gate)
+
+
+def test_scales_may_leave_one_operand_of_a_maximum_no_chance() -> None:
+    """With scales near .1 and shifts near .6, clamp(up) * scale never exceeds the other: other scales are tried too."""
+
+    def larger(gate: Tensor, up: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return torch.maximum(F.gelu(gate.clamp(-3, 3)) + shift, up.clamp(-3, 3) * scale)
+
+    assert probed(larger, 512, 512, hidden=512, vectors=2) == Finding(UNKNOWN, Fusion.SEPARATE, 0)
 
 
 @pytest.mark.parametrize(
