@@ -17,6 +17,7 @@ from lte_compile.kernels.autocast import register_autocast
 from lte_compile.kernels.experts import check_experts, check_offsets, scale_by_gates, sum_per_expert
 from lte_compile.kernels.ffn import FfnWeights, check_ffn, hidden_value, project_down
 from lte_compile.kernels.hidden import HiddenGradients, hidden_gradients, hidden_of
+from lte_compile.kernels.layout import own
 
 WEIGHT_NAMES = frozenset({"w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down"})
 
@@ -81,7 +82,7 @@ def expert_ffn(
     if gates.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"gates {list(gates.shape)} and x {list(x.shape)} need the same leading dimensions")
     check_offsets(expert_offsets, w_up.shape[0])
-    return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets, constants or ())
+    return own(expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets, constants or ()))
 
 
 @expert_ffn.register_fake

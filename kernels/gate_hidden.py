@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lte_compile.kernels.autocast import register_autocast
 from lte_compile.kernels.experts import check_experts, check_offsets, scale_by_gates, sum_per_expert
+from lte_compile.kernels.layout import own
 
 
 def gate_hidden_reference(hidden_F: Tensor, gates_E: Tensor, expert_size: int, offsets_E1: Tensor | None) -> Tensor:
@@ -37,7 +38,7 @@ def gate_hidden(hidden: Tensor, gates: Tensor, expert_size: int, expert_offsets:
     if hidden.shape[:-1] != gates.shape[:-1]:
         raise ValueError(f"hidden {list(hidden.shape)} and gates {list(gates.shape)} need the same leading dimensions")
     check_offsets(expert_offsets, hidden.shape[-1])
-    return gate_hidden_reference(hidden, gates, expert_size, expert_offsets)
+    return own(gate_hidden_reference(hidden, gates, expert_size, expert_offsets))
 
 
 @gate_hidden.register_fake

@@ -1,10 +1,11 @@
-"""Memory layout of the down-projection: neuron-major, so that one neuron's weights lie together.
+"""Memory layout of tensors: neuron-major down-projections, and results that are nobody's view.
 
 Shape suffixes: D model width, F neurons.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,12 @@ def is_neuron_major(weight_DF: Tensor) -> bool:
     """Whether each neuron's D weights of a down-projection [D, F] are contiguous, neuron after neuron."""
     _check_matrix(weight_DF)
     return weight_DF.t().is_contiguous()
+
+
+def own(result: Tensor) -> Tensor:
+    """`result` as an op may return it: models add to what an FFN returns in place, which autograd forbids for a view
+    made inside of a custom op."""
+    return torch.ops.aten._unsafe_view(result, result.shape)
 
 
 def _check_matrix(weight_DF: Tensor) -> None:

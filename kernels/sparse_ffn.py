@@ -17,6 +17,7 @@ from lte_compile.kernels.autocast import register_autocast
 from lte_compile.kernels.expert_ffn import WEIGHT_NAMES, as_many_as_given, wants_of_constants
 from lte_compile.kernels.experts import check_experts, check_offsets
 from lte_compile.kernels.ffn import FfnWeights, check_ffn
+from lte_compile.kernels.layout import own
 from lte_compile.kernels.lowering import lower_sparse_ffn
 from lte_compile.kernels.route import check_router
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
@@ -51,7 +52,7 @@ def sparse_ffn(
     call = SparseFfnCall(
         x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, tuple(constants or ())
     )
-    return lower_sparse_ffn(call)
+    return own(lower_sparse_ffn(call))
 
 
 def _check(

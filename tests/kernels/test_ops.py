@@ -79,6 +79,18 @@ def test_gradients_match_finite_differences(name: str, gated: bool, shape: Shape
     assert torch.autograd.gradcheck(getattr(ops, name), arguments(shape, gated=gated)[name])
 
 
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["gate_hidden", "expert_ffn", "sparse_ffn"])
+def test_results_may_be_changed_in_place(name: str, shape: Shape, biases: bool) -> None:
+    """Falcon adds attention's result to the FFN's so. In training autograd forbids it for views made inside of ops."""
+    given = arguments(shape, biases=biases)[name]
+    result = getattr(ops, name)(*given)
+    result += 1
+    result.sum().backward()
+    assert given[0].grad is not None
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_derivatives(activation: str) -> None:
     z = torch.randn(50, dtype=torch.float64, requires_grad=True)
