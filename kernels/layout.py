@@ -24,7 +24,8 @@ def is_neuron_major(weight_DF: Tensor) -> bool:
 def own(result: Tensor) -> Tensor:
     """`result` as an op may return it: models add to what an FFN returns in place, which autograd forbids for a view
     made inside of a custom op."""
-    return torch.ops.aten._unsafe_view(result, result.shape)
+    alias: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
+    return alias
 
 
 def _check_matrix(weight_DF: Tensor) -> None:

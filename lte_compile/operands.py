@@ -45,7 +45,9 @@ class WatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _ListeningMode(self):
-            return self.__wrapped__(*args, **kwargs)
+            if self.inner is None:  # called through the class: torch 2.11's Dynamo does not trace a method being bound
+                return type(self.module).forward(self.module, *args, **kwargs)
+            return self.inner(*args, **kwargs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.listeners:

@@ -136,6 +136,20 @@ def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> 
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
 
 
+def drops_out(view: GraphView, node: fx.Node) -> bool:
+    """Whether the node is a dropout that is switched on."""
+    name = op_name(view, node)
+    if "bernoulli" in name or "rand_like" in name:
+        return True
+    if "dropout" not in name:
+        return False
+    if node.op == "call_module":
+        module = view.module.get_submodule(str(node.target))
+        return module.training and getattr(module, "p", 0.0) > 0
+    probability = argument(node, 1, "p", default=0.5)
+    return bool(argument(node, 2, "training", "train", default=True)) and probability > 0
+
+
 def is_pointwise(view: GraphView, node: fx.Node) -> bool:
     """Whether each output element depends on the input elements at its own place only, dropout included."""
     known = view.pointwise_cache.get(node)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lte_compile.kernels.program import is_program, parse_program
 from lte_compile.passes.anchors import arguments, lte_nodes, views_back
 from lte_compile.passes.building import LIMIT_REACHED, Builder
-from lte_compile.passes.dataflow import GraphView, argument, fake_value, op_name, shape_of
+from lte_compile.passes.dataflow import GraphView, drops_out, fake_value, shape_of
 from lte_compile.passes.ir import CapturedGraph, Fusion, Level, PassReport, Rejection
 from lte_compile.passes.layout import AlignedInputs, align, same_width_views, shaped_like
 from lte_compile.passes.linear import Linear
@@ -148,20 +148,6 @@ def _dtype_obstacle(view: GraphView, match: FfnMatch) -> str | None:
     if len(dtypes) > 1:
         return f"its input and weights have different dtypes ({', '.join(sorted(map(str, dtypes)))})"
     return None
-
-
-def drops_out(view: GraphView, node: fx.Node) -> bool:
-    """Whether the node is a dropout that is switched on."""
-    name = op_name(view, node)
-    if "bernoulli" in name or "rand_like" in name:
-        return True
-    if "dropout" not in name:
-        return False
-    if node.op == "call_module":
-        module = view.module.get_submodule(str(node.target))
-        return module.training and getattr(module, "p", 0.0) > 0
-    probability = argument(node, 1, "p", default=0.5)
-    return bool(argument(node, 2, "training", "train", default=True)) and probability > 0
 
 
 def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan, became: dict[fx.Node, fx.Node]) -> str:

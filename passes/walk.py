@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from lte_compile.passes.dataflow import CAST_OPS, REGROUP_OPS, GraphView, is_tensor, op_name, shape_of
+from lte_compile.passes.dataflow import CAST_OPS, REGROUP_OPS, GraphView, drops_out, is_tensor, op_name, shape_of
 from lte_compile.passes.linear import Linear
 from lte_compile.passes.moe import picked_from
 from lte_compile.passes.steps import Blocked, step_back
@@ -82,9 +82,19 @@ def common_input(view: GraphView, ups: list[Linear]) -> fx.Node | None:
     return roots.pop() if len(roots) == 1 else None
 
 
+def is_same_tensor(view: GraphView, node: fx.Node) -> bool:
+    """Whether the node is a view, a cast or an inactive dropout of its first argument."""
+    if node.op == "placeholder" or not node.args:
+        return False
+    return op_name(view, node) in _VIEWS or ("dropout" in op_name(view, node) and not drops_out(view, node))
+
+
 def tensor_behind(view: GraphView, node: fx.Node) -> fx.Node:
-    """The node seen through casts and views that keep its last axis."""
-    while node.op in ("call_function", "call_method") and op_name(view, node) in _VIEWS:
+    """The node seen through casts, views that keep its last axis, and dropout that is switched off.
+
+    Such a dropout returns its input itself, so tracing may take either for what is read afterwards (torch 2.14).
+    """
+    while is_same_tensor(view, node):
         source = node.args[0]
         if not isinstance(source, fx.Node) or shape_of(source)[-1:] != shape_of(node)[-1:]:
             break

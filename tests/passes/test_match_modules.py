@@ -201,6 +201,17 @@ def test_raw_parameters(name: str, tracer: Callable[[nn.Module], CapturedGraph])
     assert (site.width, site.hidden, site.activation) == (D, H, "relu")
 
 
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_dropout_that_is_off_is_its_input(tracer: Callable[[nn.Module], CapturedGraph]) -> None:
+    """torch 2.14's export has later readers of x read the dropout instead, which returned x itself."""
+    model = Ffn(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(F.dropout(x, 0.1, False))))
+    assert one_site(find_ffns(tracer(model))).gate == "gate.weight"
+    model = Ffn(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(F.dropout(x, 0.1, True))))
+    search = find_ffns(tracer(model))
+    assert not search.sites
+    assert "read different tensors" in {r.parameter: r.reason for r in search.rejections}["down.weight"]
+
+
 def test_a_separately_added_bias_belongs_to_its_projection() -> None:
     model = Ffn(lambda m, x: F.relu(x @ m.up.weight.T + m.up.bias) @ m.down.weight.T + m.down.bias)
     site = one_site(find_ffns(by_export(model)))
