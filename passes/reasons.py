@@ -40,6 +40,8 @@ def explain(view: GraphView, linears: Mapping[fx.Node, Linear], linear: Linear, 
     widths = f"its output width {linear.out_width} differs from the model width {linear.in_width}"
     if _is_head(linears, linear):
         return f"language-model head or classifier: {reason if 'output width' in reason else widths}"
+    if linear.experts > 1:
+        return f"one of {linear.experts} experts, which are not brought together in a known way: {reason}"
     if pick := _first(_before(view, linears, linear), lambda node: picks_tokens(view, node)):
         return f"pooler or head: it reads tokens picked by `{op_name(view, pick)}`"
     differs = linear.out_width != linear.in_width and "width" not in reason

@@ -111,6 +111,22 @@ def test_a_stack_feeding_a_matrix_is_refused() -> None:
     assert any("stacks 2 matrices" in r.reason for r in search.rejections)
 
 
+def sorted_tokens(m: Bank, x: Tensor) -> Tensor:
+    """Tokens in the order of their experts, two to each, as JetMoE has them."""
+    order = m.router(x[: 2 * EXPERTS]).argmax(-1).argsort()
+    hidden = torch.cat([part @ m.up[e] for e, part in enumerate(x[order].split(len(order) // EXPERTS))])
+    return torch.cat([part @ m.down[e] for e, part in enumerate(F.silu(hidden).split(len(order) // EXPERTS))])
+
+
+def test_experts_that_are_not_followed_are_called_experts() -> None:
+    model = Bank(sorted_tokens)
+    search = find_ffns(capture_by_export(model, Call((torch.randn(2 * EXPERTS, WIDTH),), {})))
+    reasons = [r.reason for r in search.rejections if r.parameter in ("up", "down")]
+    assert not search.sites
+    assert len(reasons) == 2 * EXPERTS
+    assert all(f"one of {EXPERTS} experts, which are not brought together" in reason for reason in reasons)
+
+
 def mixture(implementation: str = "grouped_mm", dense_layers: tuple[int, ...] = ()) -> nn.Module:
     config = tf.Qwen3MoeConfig(
         vocab_size=96,
