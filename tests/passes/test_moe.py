@@ -114,8 +114,8 @@ def test_a_stack_feeding_a_matrix_is_refused() -> None:
 def sorted_tokens(m: Bank, x: Tensor) -> Tensor:
     """Tokens in the order of their experts, two to each, as JetMoE has them."""
     order = m.router(x[: 2 * EXPERTS]).argmax(-1).argsort()
-    hidden = torch.cat([part @ m.up[e] for e, part in enumerate(x[order].split(len(order) // EXPERTS))])
-    return torch.cat([part @ m.down[e] for e, part in enumerate(F.silu(hidden).split(len(order) // EXPERTS))])
+    hidden = torch.cat([part @ m.up[e] for e, part in enumerate(torch.chunk(x[order], EXPERTS))])
+    return torch.cat([part @ m.down[e] for e, part in enumerate(torch.chunk(F.silu(hidden), EXPERTS))])
 
 
 def test_experts_that_are_not_followed_are_called_experts() -> None:
