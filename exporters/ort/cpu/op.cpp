@@ -1,0 +1,117 @@
+#include "op.h"
+
+#include <string>
+
+#include "../node.h"
+#include "ffn.h"
+
+namespace lte::cpu {
+
+namespace {
+
+using abi::ONNXTensorElementDataType;
+using abi::OrtCustomOp;
+
+template <typename Element>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr auto kOnnx = abi::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+};
+template <>
+struct Type<Half> {
+  static constexpr auto kOnnx = abi::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+};
+template <>
+struct Type<BFloat16> {
+  static constexpr auto kOnnx = abi::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+};
+
+// What a session keeps of one node. Calls may overlap, so they change nothing in it.
+struct Kernel {
+  Api api;
+  std::string where;  // how messages about the node begin
+  Settings settings;
+  const Simd& simd;
+};
+
+template <typename Element>
+Ffn<Element> make_ffn(const Settings& settings, const Tensors& tensors) {
+  const auto data = [&](Input input) { return static_cast<const Element*>(tensors.data[input]); };
+  Ffn<Element> ffn{};
+  ffn.width = tensors.width;
+  ffn.neurons = tensors.neurons;
+  ffn.experts = tensors.experts;
+  ffn.expert_size = settings.expert_size;
+  ffn.activation = settings.activation;
+  ffn.threshold = settings.threshold;
+  ffn.w_router = data(kRouter);
+  ffn.b_router = data(kRouterBias);
+  ffn.w_up = data(kUp);
+  ffn.w_gate = data(kGate);
+  ffn.w_down = data(kDown);
+  ffn.b_up = data(kUpBias);
+  ffn.b_gate = data(kGateBias);
+  ffn.b_down = data(kDownBias);
+  return ffn;
+}
+
+template <typename Element>
+void compute(const Kernel& kernel, abi::OrtKernelContext* context) {
+  const Tensors tensors = read_tensors(kernel.api, context, kernel.settings);
+  auto* y = static_cast<Element*>(kernel.api.data(kernel.api.output(context, 0, tensors.x_dims)));
+  if (tensors.width == 0) return;  // however many tokens have nothing
+  const Parallel parallel(kernel.api, context);
+  const auto* x = static_cast<const Element*>(tensors.data[kX]);
+  run(make_ffn<Element>(kernel.settings, tensors), Machine{kernel.simd, parallel}, tensors.tokens, x, y);
+}
+
+abi::OrtStatus* create_kernel(const OrtCustomOp*, const abi::OrtApi* table, const abi::OrtKernelInfo* info,
+                              void** kernel) {
+  const Api api(table);
+  std::string where = "SparseFFN: ";
+  return guarded(api, where, [&] {
+    where = "SparseFFN node '" + api.node_name(info) + "': ";
+    *kernel = new Kernel{api, where, read_settings(api, info), select_simd()};
+  });
+}
+
+template <typename Element>
+abi::OrtStatus* run_kernel(void* opaque, abi::OrtKernelContext* context) {
+  const auto& kernel = *static_cast<const Kernel*>(opaque);
+  return guarded(kernel.api, kernel.where, [&] { compute<Element>(kernel, context); });
+}
+
+template <typename Element>
+OrtCustomOp make_operator() {
+  OrtCustomOp op{};
+  op.version = abi::kVersion;
+  op.GetName = [](const OrtCustomOp*) { return "SparseFFN"; };
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputCount; };
+  op.GetInputType = [](const OrtCustomOp*, size_t) -> ONNXTensorElementDataType { return Type<Element>::kOnnx; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  op.GetOutputType = op.GetInputType;
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t input) {
+    return is_required(input) ? abi::INPUT_OUTPUT_REQUIRED : abi::INPUT_OUTPUT_OPTIONAL;
+  };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return abi::INPUT_OUTPUT_REQUIRED; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return abi::OrtMemTypeDefault; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = run_kernel<Element>;
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> operators() {
+  static const OrtCustomOp ops[] = {make_operator<float>(), make_operator<Half>(), make_operator<BFloat16>()};
+  return {&ops[0], &ops[1], &ops[2]};
+}
+
+}  // namespace lte::cpu

@@ -1,0 +1,22 @@
+"""lte-compile build-ort: compile the kernels for ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lte_compile.cli.output import Outcome, facts_table
+from lte_compile.ort_library import build_ort_library
+
+
+def build_library(out: Path | None, compiler: str | None) -> Outcome:
+    """Build, and say where the library is and how to use it."""
+    built = build_ort_library(out, compiler=compiler)
+    facts = {
+        "library": str(built.path),
+        "compiler": built.compiler,
+        "seconds": round(built.seconds, 1),
+        "size": f"{built.path.stat().st_size / 1e6:.1f} MB",
+    }
+    document = {**facts, "size": built.path.stat().st_size}
+    hint = f'session_options.register_custom_ops_library("{built.path}")'
+    return Outcome(document, (facts_table("ONNX Runtime kernels", facts), hint))
