@@ -1,17 +1,32 @@
-"""What LTE is compared with: oracle selection without training, and the same training without any FFN.
+"""The control that keeps every result honest: the same training without any FFN.
 
-Shapes: T tokens, F neurons.
+On a task where it loses nothing, high sparsity proves nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
+from lte_compile.baselines.workbench import Workbench
 from lte_compile.passes.ir import FfnSite, Fusion
+from lte_compile.train_config import Phase
+
+
+@method("ffn-free", title="Without FFNs", granularity=Granularity.FFN, needs=Needs.TRAINING, only_density=0.0)
+def ffn_free(bench: Workbench) -> AtDensity:
+    model = remove_ffns(bench.start_copy(), bench.sites)
+    bench.train(model, "ffn-free", [Phase(name="without FFNs", steps=bench.steps)])
+
+    @contextmanager
+    def at(density: float) -> Iterator[nn.Module]:
+        yield model
+        bench.forget("ffn-free")
+
+    return at
 
 
 class _Zeros(nn.Module):
@@ -51,25 +66,3 @@ def remove_ffns(model: nn.Module, sites: Sequence[FfnSite]) -> nn.Module:
             model.set_submodule(name, _Zeros(width))
         model.set_submodule(site.down.rpartition(".")[0], _BiasOnly(site.width, bias))
     return model
-
-
-@contextmanager
-def oracle_selection(model: nn.Module, sites: Sequence[FfnSite], density: float) -> Iterator[None]:
-    """Keep, per token and FFN, the share `density` of neurons with the largest |hidden activation|; zero the rest.
-
-    The oracle has computed them all first: an upper bound for selection without training ("KLA" in the paper).
-    """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must lie in (0, 1]; got {density!r}")
-
-    def keep_largest(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_TF = args[0]
-        kept = max(1, round(density * hidden_TF.shape[-1]))
-        smallest_T1 = hidden_TF.abs().topk(kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        return (hidden_TF * (hidden_TF.abs() >= smallest_T1), *args[1:])
-
-    with ExitStack() as stack:
-        for site in sites:
-            down = model.get_submodule(site.down.rpartition(".")[0])
-            stack.callback(down.register_forward_pre_hook(keep_largest).remove)
-        yield

@@ -1,0 +1,78 @@
+"""Routers that keep a fixed share of experts, and predictors trained on a dense model's traces to be such routers.
+
+Shapes: T tokens, D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from lte_compile.baselines.workbench import Workbench
+from lte_compile.calibration import SeeFfn, watch_ffns
+from lte_compile.config import Stage, TransformConfig
+from lte_compile.modes import in_stage
+from lte_compile.passes.ir import FfnSite
+from lte_compile.routing import Router, require_routers, set_stage
+from lte_compile.transform import transform
+
+R = TypeVar("R", bound=Router)
+MakeRouter: TypeAlias = Callable[[FfnSite, TransformConfig, Tensor], R]
+PredictionLoss: TypeAlias = Callable[[R, Tensor, Tensor], Tensor]  # (router, x [T, D], hidden [T, F]) -> scalar
+
+RULE = "top_share"
+
+
+def routed_by(bench: Workbench, model: nn.Module, config: TransformConfig, make: MakeRouter[R]) -> tuple[R, ...]:
+    """Transform `model` in place, with routers from `make(site, config, like)` in the place of LTE's."""
+    config = replace(config, selection=RULE)
+    transform(model, config, bench.example, activations=bench.activations(model, config))
+    made = []
+    for old in require_routers(model):
+        if len(old.site.places) > 1:
+            raise ValueError(f"{old.site.name} runs in several modules; only LTE's own routers can be shared")
+        new = make(old.site, old.config, old.weight)
+        model.set_submodule(old.site.router_path, new)
+        made.append(new)
+    return tuple(made)
+
+
+@contextmanager
+def at_share(model: nn.Module, density: float) -> Iterator[nn.Module]:
+    """The model in the hard stage, with this share of experts for every token."""
+    set_share(model, density)
+    set_stage(model, Stage.HARD)
+    yield model
+
+
+def set_share(model: nn.Module, density: float) -> None:
+    """What the rule `top_share` reads as tau."""
+    for router in require_routers(model):
+        router.threshold = density
+
+
+def learn_from_traces(
+    bench: Workbench, model: nn.Module, loss: PredictionLoss[R], routers: tuple[R, ...], rate: float
+) -> None:
+    """Train each router by Adam on what the dense model's FFNs read and compute, batch by batch, storing nothing."""
+    with in_stage(model, Stage.DENSE):
+        watch_ffns(model, bench.traces(), {router.site: _learner(router, loss, rate) for router in routers})
+
+
+def _learner(router: R, loss: PredictionLoss[R], rate: float) -> SeeFfn:
+    optimizer = Adam(router.parameters(), lr=rate)
+
+    def learn(x_TD: Tensor, hidden_TF: Tensor) -> None:
+        with torch.enable_grad():
+            value = loss(router, x_TD.float(), hidden_TF.float())
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return learn

@@ -1,0 +1,59 @@
+"""Selectors that compare magnitudes with a threshold, and the quantiles that place it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.calibration import Batch, SeeFfn, watch_ffns
+from lte_compile.passes.ir import FfnSite
+from lte_compile.selectors import Selector, installed
+
+# Thresholds below shift what later FFNs see; a second look, with them in place, makes up for most of it.
+ROUNDS = 2
+# Values kept of one call: with 16 batches a quantile rests on a million.
+SAMPLED_VALUES = 65_536
+KEEP_ALL = -1.0  # magnitudes are above it
+
+
+class ThresholdSelector(Selector):
+    """Keeps what exceeds a threshold in magnitude; `thresholds` has one for each of `magnitudes`."""
+
+    def __init__(self, site: FfnSite, count: int) -> None:
+        super().__init__(site)
+        self.thresholds = [KEEP_ALL] * count
+
+    def magnitudes(self, x_TD: Tensor, hidden_TF: Tensor) -> Sequence[Tensor]:
+        """What the thresholds are compared with."""
+        raise ValueError(f"{type(self).__name__} does not say what its thresholds are compared with")
+
+
+def fit_thresholds(
+    model: nn.Module, chosen: Sequence[ThresholdSelector], batches: Sequence[Batch], density: float
+) -> None:
+    """Place every threshold at the quantile that leaves `density` of the magnitudes above it, per FFN."""
+    for selector in chosen:
+        selector.thresholds = [KEEP_ALL] * len(selector.thresholds)
+    for _ in range(ROUNDS):
+        samples = {selector: [list[Tensor]() for _ in selector.thresholds] for selector in chosen}
+        with installed(model, chosen):
+            watch_ffns(model, batches, {s.site: _sampler(s, samples[s]) for s in chosen})
+        for selector, parts in samples.items():
+            selector.thresholds = [_quantile(torch.cat(values), 1 - density) for values in parts]
+
+
+def _sampler(selector: ThresholdSelector, parts: list[list[Tensor]]) -> SeeFfn:
+    def sample(x_TD: Tensor, hidden_TF: Tensor) -> None:
+        for values, magnitude in zip(parts, selector.magnitudes(x_TD, hidden_TF), strict=True):
+            flat = magnitude.float().flatten()
+            values.append(flat[:: max(len(flat) // SAMPLED_VALUES, 1)])
+
+    return sample
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """torch.quantile stops at 16 million values."""
+    ordered = values.sort().values
+    return float(ordered[min(int(share * len(ordered)), len(ordered) - 1)]) if share > 0 else KEEP_ALL

@@ -1,0 +1,149 @@
+"""What every method is given: the same start, the same data and the same number of training steps."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from lte_compile.calibration import collect_activations, locate_sites
+from lte_compile.config import Grouping, TransformConfig
+from lte_compile.inspection import inspect, require_sites
+from lte_compile.losses import Batch
+from lte_compile.passes.ir import FfnSite
+from lte_compile.train_config import Phase, TrainConfig
+from lte_compile.training import Batches, OnStep, train
+
+# Training batches that co-activation grouping looks at; docs/training.md's runs used as many.
+GROUPING_BATCHES = 32
+
+
+class CountedBatches:
+    """Training batches that count the tokens they hand out, also over an interruption."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self.tokens = 0
+
+    def next_batch(self) -> Batch:
+        batch = self._batches.next_batch()
+        mask = batch.get("attention_mask")
+        self.tokens += int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+        return batch
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"batches": dict(self._batches.state_dict()), "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._batches.load_state_dict(state["batches"])
+        self.tokens = state["tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """One seed's models and data.
+
+    Args:
+        start: the fine-tuned dense model that every training starts from. It is copied, never changed.
+        new_batches: the training split from its beginning, always in the same order.
+        steering: validation batches for a controller of the density.
+        calibration: validation batches to place thresholds on.
+        config: steps, rates and losses; `target_density` is set anew for every density.
+        transform: how LTE forms its experts; the expert size is everybody's.
+        directory: for checkpoints; None keeps none.
+        example: keyword arguments to trace the model with; transformers models need none.
+    """
+
+    start: nn.Module
+    new_batches: Callable[[], Batches]
+    steering: Sequence[Batch]
+    calibration: Sequence[Batch]
+    config: TrainConfig
+    transform: TransformConfig
+    directory: Path | None = None
+    example: Mapping[str, Any] | None = None
+    on_step: OnStep = lambda event: None
+    _tokens: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary, init=False)
+
+    @property
+    def steps(self) -> int:
+        """Of every training, whatever its phases."""
+        return self.config.stage1_steps + self.config.stage2_steps
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The start trained on, densely, for all steps: what methods without training of their own are applied to."""
+        model = self.start_copy()
+        self.train(model, "dense", [Phase(name="dense", steps=self.steps)])
+        return model.eval()
+
+    @cached_property
+    def sites(self) -> tuple[FfnSite, ...]:
+        """The FFNs, with the places where the model runs them."""
+        return locate_sites(self.start, require_sites(inspect(self.start, self.example)), _unlabelled(self.steering[0]))
+
+    def start_copy(self) -> nn.Module:
+        return copy.deepcopy(self.start)
+
+    def dense_copy(self) -> nn.Module:
+        """A copy of `dense` to be changed."""
+        model = copy.deepcopy(self.dense)
+        self._tokens[model] = self.tokens_of(self.dense)
+        return model
+
+    def train(
+        self, model: nn.Module, name: str, phases: Sequence[Phase], *, steer: bool = False, **changes: Any
+    ) -> nn.Module:
+        """Train in place on the same batches as everybody, resuming from this name's checkpoints; returns the model.
+
+        Args:
+            steer: measure the density on held-out batches, for phases that train routers.
+            changes: to the fields of `config`.
+        """
+        batches = CountedBatches(self.new_batches())
+        train(
+            model,
+            batches,
+            replace(self.config, **changes),
+            held_out=self.steering if steer else (),
+            teacher=self.start if self.config.distillation else None,
+            directory=self.directory / name if self.directory else None,
+            phases=phases,
+            on_step=self.on_step,
+        )
+        self._tokens[model] = batches.tokens
+        return model
+
+    def tokens_of(self, model: nn.Module) -> int:
+        """How many tokens the model was trained on, beyond the start."""
+        return self._tokens.get(model, 0)
+
+    def traces(self) -> Iterator[Batch]:
+        """The inputs of a whole training, for predictors to learn from: equal data for them too."""
+        batches = self.new_batches()
+        for _ in range(self.steps):
+            yield _unlabelled(batches.next_batch())
+
+    def activations(self, model: nn.Module, config: TransformConfig) -> Mapping[str, Any]:
+        """What grouping by co-activation looks at; nothing for other groupings."""
+        if config.grouping is not Grouping.COACTIVATION:
+            return {}
+        batches = self.new_batches()
+        seen = [_unlabelled(batches.next_batch()) for _ in range(GROUPING_BATCHES)]
+        return collect_activations(model, self.sites, seen)
+
+    def forget(self, name: str) -> None:
+        """Drop the checkpoints of a finished training."""
+        if self.directory:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}

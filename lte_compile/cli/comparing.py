@@ -1,0 +1,178 @@
+"""lte-compile compare: LTE and its baselines on one task, several densities and seeds; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lte_compile.baselines import METHODS, Workbench
+from lte_compile.cli.evaluating import CALIBRATION_BATCHES
+from lte_compile.cli.options import TaskOptions
+from lte_compile.cli.output import Outcome, finite
+from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
+from lte_compile.cli.training import HELD_OUT_BATCHES, finetune_steps_of
+from lte_compile.comparison import Point, PointResult, points_of, run_points
+from lte_compile.comparison_plot import density_plot, tradeoff_plot
+from lte_compile.comparison_table import comparison_rows, markdown, render_comparison
+from lte_compile.config import TransformConfig
+from lte_compile.data.tasks import Task
+from lte_compile.environment import describe_environment
+from lte_compile.evaluation import Evaluation
+from lte_compile.loading import is_transformed, load_tokenizer
+from lte_compile.progress import TrainingProgress
+from lte_compile.results import write_atomically
+from lte_compile.tasks_api import EncodedTask, OnDevice
+from lte_compile.train_config import Phase, TrainConfig
+from lte_compile.training import train
+
+SETTINGS_FILE, POINTS, CHECKPOINTS = "settings.json", "points", "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """One comparison; `finetune_steps` None decides by whether the head is new."""
+
+    model: str
+    out: Path
+    task: TaskOptions
+    methods: Sequence[str]
+    densities: Sequence[float]
+    seeds: int
+    transform: TransformConfig
+    train: TrainConfig
+    finetune_steps: int | None
+    device: str
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for points to stand in one table."""
+        task = {name: str(value) for name, value in vars(self.task).items()}
+        varying = ("checkpoint_every", "target_density", "seed")
+        config = {name: value for name, value in self.train.to_dict().items() if name not in varying}
+        transform = {name: value for name, value in self.transform.to_dict().items() if name != "seed"}
+        return {"model": self.model, **task, **transform, **config, "finetune_steps": self.finetune_steps}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What all seeds share."""
+
+    settings: CompareSettings
+    path: Path
+    task: Task
+    data: EncodedTask
+    device: torch.device
+    progress: TrainingProgress
+
+
+def compare_methods(settings: CompareSettings) -> Outcome:
+    """Run every point that has no result yet, then draw and write what all of them say.
+
+    Raises:
+        ValueError: bad input; an OUT that holds a comparison with other settings.
+        FloatingPointError: methods whose loss was not finite, after the others have run.
+    """
+    points, device = _points(settings), pick_device(settings.device)
+    with TrainingProgress() as progress:
+        opened = _prepare(settings, device, progress)
+        data, test = opened.data, opened.data.test_examples()
+
+        def judge(model: nn.Module) -> tuple[float, Evaluation]:
+            measured = data.evaluate(model, test)
+            return data.quality(measured), measured
+
+        results = run_points(points, settings.out / POINTS, lambda seed: _open(opened, seed), judge, progress.say)
+    return _report(settings, data, len(test), results)
+
+
+def _points(settings: CompareSettings) -> tuple[Point, ...]:
+    if settings.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1; got {settings.seeds}")
+    names = ("lte", *METHODS) if tuple(settings.methods) == ("all",) else settings.methods
+    return points_of(names, settings.densities, range(settings.seeds))
+
+
+def _prepare(settings: CompareSettings, device: torch.device, progress: TrainingProgress) -> _Opened:
+    """Find model and task, and refuse what cannot work before any work."""
+    path = find_model(settings.model, progress)
+    if is_transformed(path):
+        raise ValueError(f"{settings.model} has routers; methods are compared from a dense model")
+    check_output(settings.out, path, overwrite=True)
+    _check_settings(settings)
+    task = find_task(settings.task, progress)
+    return _Opened(settings, path, task, encode(task, load_tokenizer(path), settings.task), device, progress)
+
+
+def _open(opened: _Opened, seed: int) -> Workbench:
+    """Load the model, fine-tune it if need be, and lay out the data, all by this seed."""
+    settings, data, device, progress = opened.settings, opened.data, opened.device, opened.progress
+    config = replace(settings.train, seed=seed)
+    directory = settings.out / CHECKPOINTS / f"seed{seed}"
+    torch.manual_seed(seed)  # of a new head
+    with progress.working("loading"):
+        model, _ = load_for(opened.task, opened.path)
+    model.to(device)
+    encoded = data.training_batches(seed)  # tokenized once; copies of its beginning are handed out
+
+    def new_batches() -> OnDevice:
+        return OnDevice(copy.copy(encoded), device)
+
+    phase = Phase(name="fine-tune", steps=finetune_steps_of(settings.finetune_steps, opened.path, opened.task))
+    if phase.steps:
+        train(model, new_batches(), config, phases=[phase], directory=directory / "finetune", on_step=progress)
+    return Workbench(
+        start=model.eval(),
+        new_batches=new_batches,
+        steering=data.held_out(HELD_OUT_BATCHES, device),
+        calibration=data.held_out(CALIBRATION_BATCHES, device),
+        config=config,
+        transform=replace(settings.transform, seed=seed),
+        directory=directory,
+        on_step=progress,
+    )
+
+
+def _check_settings(settings: CompareSettings) -> None:
+    """Refuse points of another comparison; leave beside new ones what they were made with."""
+    path = settings.out / SETTINGS_FILE
+    asked = json.loads(json.dumps(settings.identity()))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asked, indent=1).encode())
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if differing := sorted(name for name in asked.keys() | recorded.keys() if asked.get(name) != recorded.get(name)):
+        was = ", ".join(f"{name} was {recorded.get(name)!r}, now {asked.get(name)!r}" for name in differing)
+        raise ValueError(f"{settings.out} holds another comparison ({was}); choose another --out")
+
+
+def _report(settings: CompareSettings, data: EncodedTask, examples: int, results: Sequence[PointResult]) -> Outcome:
+    rows = comparison_rows(results, data.metric)
+    title = f"{settings.model} on {data.task.name}"
+    document = {
+        "model": settings.model,
+        "task": data.task.name,
+        "kind": data.kind.value,
+        "metric": data.metric.value,
+        "test_examples": examples,
+        "settings": settings.identity(),
+        "environment": asdict(describe_environment()),
+        "rows": [row.to_dict() for row in rows],
+        "points": [{k: v for k, v in asdict(result).items() if k != "selection"} for result in results],
+    }
+    files = {
+        "comparison.json": json.dumps(finite(document), indent=1).encode(),
+        "comparison.md": markdown(rows, data.metric, title).encode(),
+        "weight_share.png": tradeoff_plot(rows, data.metric),
+        "density.png": density_plot(rows, data.metric),
+    }
+    for name, content in files.items():
+        write_atomically(settings.out / name, content)
+    written = f"written to {settings.out}: {', '.join(files)}"
+    return Outcome(document, [render_comparison(rows, data.metric, title), written])
