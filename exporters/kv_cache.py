@@ -40,9 +40,9 @@ class CachedDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class CachedExample:
-    """Arguments for tracing a `CachedDecoder`, and the names of its flat inputs, their axes and its flat outputs."""
+    """Arguments for tracing a model with its cache, and the names of its flat inputs, their axes and its outputs."""
 
-    args: tuple[dict[str, Tensor], Past]
+    args: tuple[Any, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     axis_names: tuple[dict[int, str], ...]
@@ -81,9 +81,14 @@ def _cache_layers(model: nn.Module) -> Past:
     """Keys and values [1, H, 2, K] that the model makes of two tokens."""
     from transformers import DynamicCache, PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ValueError(
             f"kv_cache=True needs a transformers decoder with a language-model head; got {type(model).__name__}"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} reads and writes: with a cache that is two files; "
+            "write a folder (export_folder), or leave kv_cache out"
         )
     ids = torch.ones(1, 2, dtype=torch.int64, device=model.device)
     with torch.no_grad():

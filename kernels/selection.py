@@ -83,6 +83,14 @@ def straight_through(scores: Tensor, tau: float) -> Tensor:
     return scores > tau
 
 
+@selection_rule("top_share", gradient=Gradient.NONE)
+def top_share(scores: Tensor, tau: float) -> Tensor:
+    """The same number of experts for every token: the share tau of highest score, at least one, unscaled."""
+    kept = max(1, round(tau * scores.shape[-1]))
+    chosen = scores.topk(kept, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
+
+
 def select_reference(scores_E: Tensor, rule: str, tau: float) -> Tensor:
     """Gates [..., E] in the scores' dtype. Rules see fp32 at least: tau is never rounded to half precision."""
     wide_E = scores_E if scores_E.dtype == torch.float64 else scores_E.float()

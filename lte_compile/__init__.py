@@ -21,6 +21,7 @@ from lte_compile.graph import graph
 from lte_compile.hf_registration import register_with_transformers
 from lte_compile.inspection import Inspection, inspect
 from lte_compile.layouts import set_layout
+from lte_compile.ort_library import build_ort_library, ort_library_path
 from lte_compile.passes.ir import FfnSite, Rejection
 from lte_compile.persistence import load_pretrained, save_pretrained
 from lte_compile.routing import Router, routers, set_stage
@@ -32,6 +33,7 @@ from lte_compile.transform import transform
 if TYPE_CHECKING:
     from lte_compile.hf_trainer import LteTrainer
     from lte_compile.onnx_api import export_onnx
+    from lte_compile.onnx_folders import export_folder
     from lte_compile.streaming import convert_checkpoint
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "LteTrainer": "lte_compile.hf_trainer",
     "convert_checkpoint": "lte_compile.streaming",
+    "export_folder": "lte_compile.onnx_folders",
     "export_onnx": "lte_compile.onnx_api",
 }
 
@@ -67,15 +70,18 @@ __all__ = [
     "TrainConfig",
     "TransformConfig",
     "__version__",
+    "build_ort_library",
     "calibrate",
     "collect_activations",
     "convert_checkpoint",
     "evaluate",
+    "export_folder",
     "export_onnx",
     "fit_routers",
     "graph",
     "inspect",
     "load_pretrained",
+    "ort_library_path",
     "routers",
     "save_pretrained",
     "set_density",

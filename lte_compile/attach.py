@@ -25,7 +25,7 @@ from lte_compile.passes.insert import InsertRouter
 from lte_compile.passes.ir import FfnSite, Place
 from lte_compile.routing import Router
 
-Watcher = Callable[[nn.Module, Tensor], None]
+Watcher = Callable[[nn.Module, Tensor], Tensor | None]  # what it returns, if anything, takes the operand's place
 
 
 def attach_routers(model: nn.Module, routers: Sequence[Router], example_inputs: Inputs | None = None) -> None:
@@ -66,19 +66,29 @@ def follow_ffn(model: nn.Module, site: FfnSite, see_input: Watcher, see_hidden: 
     """
     with ExitStack() as stack:
         for place in site.places or (usual_place(site),):
-            scope = model.get_submodule(place.scope)
-            for path, weight, see in (
-                (place.first, site.first_projection, see_input),
-                (_outermost(place), site.down, see_hidden),
-            ):
-                if path is None:
-                    name = name_within(model, place.scope, weight)
-                    stack.callback(listen(scope, name, _listener(see), first=True))
-                else:
-                    hook = _pre_hook(see)
-                    module = model.get_submodule(path)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+            stack.callback(_follow_operand(model, place, place.first, site.first_projection, see_input))
+            stack.callback(_follow_operand(model, place, _outermost(place), site.down, see_hidden))
         return stack.pop_all().close
+
+
+def follow_other_projections(model: nn.Module, site: FfnSite, see_input: Watcher) -> Callable[[], None]:
+    """Show `see_input` what the projections read that `follow_ffn` leaves out: the later one of gate and up, if any."""
+    later = {site.up, site.gate or site.up} - {site.first_projection}
+    with ExitStack() as stack:
+        for place in site.places or (usual_place(site),):
+            for weight in later:
+                path = None if place.first is None else weight.rpartition(".")[0]
+                stack.callback(_follow_operand(model, place, path, weight, see_input))
+        return stack.pop_all().close
+
+
+def _follow_operand(model: nn.Module, place: Place, path: str | None, weight: str, see: Watcher) -> Callable[[], None]:
+    """Show what the module at `path` is called with, or, without one, what the place multiplies by `weight`."""
+    if path is None:
+        scope = model.get_submodule(place.scope)
+        return listen(scope, name_within(model, place.scope, weight), _listener(see), first=True)
+    module = model.get_submodule(path)
+    return module.register_forward_pre_hook(_pre_hook(see), with_kwargs=True, prepend=True).remove
 
 
 def _outermost(place: Place) -> str | None:
@@ -89,16 +99,21 @@ def _outermost(place: Place) -> str | None:
 
 def _listener(see: Watcher) -> Listener:
     def hear(module: nn.Module, operand: Tensor) -> Tensor:
-        see(module, operand)
-        return operand
+        changed = see(module, operand)
+        return operand if changed is None else changed
 
     return hear
 
 
-def _pre_hook(see: Watcher) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given: Tensor = args[0] if args else next(iter(kwargs.values()))
-        see(module, given.movedim(1, -1) if is_convolution(module) else given)
+def _pre_hook(see: Watcher) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name, given = (None, args[0]) if args else next(iter(kwargs.items()))
+        channels_first = is_convolution(module)
+        changed = see(module, given.movedim(1, -1) if channels_first else given)
+        if changed is None:
+            return None
+        changed = changed.movedim(-1, 1) if channels_first else changed
+        return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
 
     return hook
 

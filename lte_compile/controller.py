@@ -29,6 +29,7 @@ class DensityController:
     integral: float = 0.0
     smoothed: float | None = None
     latest: float | None = None
+    is_fixed: bool = False  # eta stays as it is
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target <= 1.0:
@@ -39,6 +40,8 @@ class DensityController:
         self.latest = density
         previous = density if self.smoothed is None else self.smoothed
         self.smoothed = SMOOTHING * density + (1 - SMOOTHING) * previous
+        if self.is_fixed:
+            return self.eta
         error = max(-1.0, min(1.0, (self.smoothed - self.target) / self.target))
         self.integral = _clamp(self.integral + INTEGRAL_GAIN * error)
         self.eta = _clamp(PROPORTIONAL_GAIN * error + self.integral)

@@ -6,13 +6,14 @@ Shapes: B sequences, T tokens, C classes or vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lte_compile.losses import Batch
+from lte_compile.meter import SelectionReport, measuring
 from lte_compile.modes import eval_mode, on_device
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing import require_routers, routers
@@ -23,13 +24,17 @@ from lte_compile.tracing import trace_routers
 class Evaluation:
     """accuracy: share of sequences (classification) or next tokens (language model) predicted right; loss in nats.
 
-    density is the share of neurons active over non-padding tokens: 1.0 for a model without routers.
+    density is the share of neurons active over non-padding tokens: 1.0 for a model without routers. `selection` has
+    costs, load and more of what routers or selectors chose in the stage the model is in; None without any. `rouge_l` is
+    of generated text, for tasks that ask for it (lte_compile.tasks_api).
     """
 
     accuracy: float
     loss: float
     density: float
     densities: dict[str, float]
+    selection: SelectionReport | None = None
+    rouge_l: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -41,7 +46,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
     """Run every batch in eval mode, in the model's current stage. Batches carry `labels`; -100 is left out."""
     right = total = loss = 0.0
     per_site: dict[str, list[float]] = {}
-    with eval_mode(model):
+    with eval_mode(model), measuring(model) as meter:
         for batch in batches:
             logits_NC, labels_N = _predictions(model, on_device(model, batch), per_site)
             right += float((logits_NC.argmax(-1) == labels_N).sum())
@@ -49,9 +54,20 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
             total += len(labels_N)
     if not total:
         raise ValueError("nothing to evaluate: the batches hold no labels")
+    selection = meter.report()
+    if selection and not per_site:  # selectors: nothing was traced
+        densities, density = {n: s.neuron_density for n, s in selection.sites.items()}, selection.neuron_density
+    else:
+        densities, density = _pooled(per_site)
+    return Evaluation(
+        accuracy=right / total, loss=loss / total, density=density, densities=densities, selection=selection
+    )
+
+
+def _pooled(per_site: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float]:
+    """Density of each site and of all, from their [active, all] neurons."""
     active, neurons = map(sum, zip(*per_site.values(), strict=True)) if per_site else (1.0, 1.0)
-    densities = {site: a / n for site, (a, n) in per_site.items()}
-    return Evaluation(accuracy=right / total, loss=loss / total, density=active / neurons, densities=densities)
+    return {site: a / n for site, (a, n) in per_site.items()}, active / neurons
 
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor], per_site: dict[str, list[float]]) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
 from lte_compile.config import Stage
-from lte_compile.controller import DensityController
 from lte_compile.layouts import set_layout
 from lte_compile.routing import require_routers, routers, set_stage
 from lte_compile.tracing import trace_routers
 from lte_compile.train_config import Gates, TrainConfig
+from lte_compile.training import controller_of
 
 
 class LteTrainer(Trainer):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         trainer = LteTrainer(model=model, args=args, train_dataset=..., lte=TrainConfig(...), held_out=[batch, ...])
 
     Steps and rates come from `args`; of `lte` it reads target_density, gates, separability, router_learning_rate,
-    router_weight_decay, fit_router and measure_every. Stage 2 begins after the share
+    router_weight_decay, fit_router, eta and measure_every. Stage 2 begins after the share
     stage1_steps / (stage1_steps + stage2_steps) of the run.
 
     Args:
@@ -37,7 +37,7 @@ class LteTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
         require_routers(self.model)
         self.lte = lte
-        self.controller = DensityController(target=lte.target_density)
+        self.controller = controller_of(lte)
         self.held_out = held_out
         self.add_callback(_Stages(self))
 
@@ -116,8 +116,9 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
             self.trainer.controller.measure(evaluate_routers(model, self.trainer.held_out).density())
         share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
         if in_stage1 and state.global_step >= share * state.max_steps:
-            calibrate(model, self.trainer.held_out)
-            set_density(model, lte.target_density)
+            if lte.eta is None:
+                calibrate(model, self.trainer.held_out)
+                set_density(model, lte.target_density)
             set_stage(model, Stage.HARD)
 
     def on_train_end(

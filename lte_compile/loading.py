@@ -95,6 +95,20 @@ def check_causal_lm(path: Path) -> None:
         raise ValueError(f"{path} holds a {name}, which is no causal language model")
 
 
+def check_generates(path: Path) -> None:
+    """A ValueError where the model has no head to generate text with, be it a decoder or an encoder-decoder."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+    name = _architecture(path)
+    if not any(name in kind.values() for kind in kinds):
+        raise ValueError(f"{path} holds a {name}, which is no causal language model and no encoder-decoder with a head")
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory; a ValueError if it has none."""
     if not any((path / file).is_file() for file in TOKENIZER_FILES):

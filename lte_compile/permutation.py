@@ -80,7 +80,17 @@ def projection_rows(model: nn.Module, site: FfnSite) -> Tensor:
     """The weights grouping looks at, [F, D]: the gate projection's rows in a gated FFN, else the up projection's."""
     weight = model.get_parameter(site.gate or site.up).detach()
     layout = site.up_layout if site.gate is None else site.gate_layout
-    rows = weight.flatten(1) if layout is WeightLayout.OUT_IN else weight.t()
+    return _of_neurons(weight.flatten(1) if layout is WeightLayout.OUT_IN else weight.t(), site)
+
+
+def projection_bias(model: nn.Module, site: FfnSite) -> Tensor | None:
+    """The bias that goes with `projection_rows`, [F], if there is one."""
+    name = site.up_bias if site.gate is None else site.gate_bias
+    return None if name is None else _of_neurons(model.get_parameter(name).detach(), site)
+
+
+def _of_neurons(rows: Tensor, site: FfnSite) -> Tensor:
+    """Of what the gate projection (or else the up projection) has a row for, the rows that are the FFN's neurons."""
     start = site.up_start if site.gate is None else site.gate_start
     match site.fusion:
         case Fusion.SEPARATE | Fusion.GATE_THEN_UP:

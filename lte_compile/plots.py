@@ -49,7 +49,7 @@ def quality_plot(result: RunResult) -> bytes:
         _curve(axes, result, [row for row in rows if row.kind is RowKind.LTE], BLUE, "o-", "LTE")
         _label_points(axes, result, [row for row in rows if row.kind is RowKind.LTE])
         axes.set_xlabel("Density: active experts (%)")
-        axes.set_ylabel(f"Test {result.metric}" + (" (%)" if result.metric is Metric.ACCURACY else ""))
+        axes.set_ylabel(f"Test {result.metric}" + ("" if result.metric is Metric.PERPLEXITY else " (%)"))
         axes.set_xlim(0, 104)
         axes.margins(y=0.14)
         # A language model without FFNs has a perplexity in the thousands, which would flatten everything else.
@@ -57,7 +57,7 @@ def quality_plot(result: RunResult) -> bytes:
         if result.metric is Metric.PERPLEXITY and max(qualities) > 10 * min(qualities):
             axes.set_yscale("log")
         figure.legend(loc="outside upper center", ncols=4, handlelength=2.4, columnspacing=1.4)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def layer_plot(result: RunResult) -> bytes:
@@ -78,7 +78,7 @@ def layer_plot(result: RunResult) -> bytes:
         panels[-1].set_xticks(range(0, layers, 1 if layers <= 16 else 2))
         panels[-1].set_xlabel("Layer")
         figure.supylabel("Density: active experts (%)", fontsize=10)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def histogram_plot(result: RunResult) -> bytes:
@@ -96,7 +96,7 @@ def histogram_plot(result: RunResult) -> bytes:
             axes.set_visible(False)
         figure.supxlabel("Router score (dashed: thresholds)", fontsize=9)
         figure.supylabel("Share of scores (%)", fontsize=9)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def training_plot(result: RunResult) -> bytes:
@@ -120,7 +120,7 @@ def training_plot(result: RunResult) -> bytes:
         for axes in panels:
             axes.set_ylim(bottom=0)
         figure.align_ylabels()
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def _level(axes: Axes, result: RunResult, row: ResultRow) -> None:
@@ -193,10 +193,11 @@ def _short_names(histograms: Sequence[ScoreHistogram]) -> list[str]:
 
 
 def _shown(result: RunResult, quality: float) -> float:
-    return 100 * quality if result.metric is Metric.ACCURACY else quality
+    return quality if result.metric is Metric.PERPLEXITY else 100 * quality
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as the file that reports hold."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     return buffer.getvalue()

@@ -125,7 +125,7 @@ def _lead(result: RunResult) -> str:
 
 
 def _results_section(result: RunResult, figure: bytes) -> str:
-    better = "higher" if result.metric is Metric.ACCURACY else "lower"
+    better = "lower" if result.metric is Metric.PERPLEXITY else "higher"
     bars = " Bars: one standard error." if result.metric is Metric.ACCURACY else ""
     caption = f"Test {result.metric} ({better} is better) against the share of active experts.{bars}"
     rows = result_rows(result)

@@ -105,8 +105,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def quality_text(metric: Metric, quality: float) -> str:
-    """An accuracy in percent, a perplexity as it is."""
-    return percent(quality) if metric is Metric.ACCURACY else f"{quality:.2f}"
+    """A share in percent, a perplexity as it is."""
+    return f"{quality:.2f}" if metric is Metric.PERPLEXITY else percent(quality)
 
 
 def flops_text(flops: float) -> str:
@@ -119,6 +119,6 @@ def flops_text(flops: float) -> str:
 
 def _against_dense(result: RunResult, quality: float) -> str:
     difference = quality - result.dense_quality
-    if result.metric is Metric.ACCURACY:
-        return f"{100 * difference:+.1f} points"
-    return f"{difference:+.2f}"
+    if result.metric is Metric.PERPLEXITY:
+        return f"{difference:+.2f}"
+    return f"{100 * difference:+.1f} points"

@@ -15,10 +15,11 @@ from lte_compile.data.provenance import Provenance
 
 
 class Metric(StrEnum):
-    """What `quality` means. accuracy: a share, higher is better. perplexity: lower is better."""
+    """What `quality` means. accuracy and ROUGE-L: shares, higher is better. perplexity: lower is better."""
 
     ACCURACY = "accuracy"
     PERPLEXITY = "perplexity"
+    ROUGE_L = "ROUGE-L"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,13 +55,23 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Gates of shape [T, E] for inputs [T, D] (any leading dimensions)."""
-        scores_TE = torch.ops.lte.route(x_TD, self.weight, self.bias)
+        scores_TE = self.scores(x_TD)
         if recomputing():
             scores_TE = rejoin_losses(self, scores_TE)
         elif self.sink is not None:
             self.sink.record(self, scores_TE)
         gates_TE: Tensor = torch.ops.lte.select(scores_TE, self.rule, self.threshold)
         return gates_TE
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """What the rule selects by, [T, E]. Routers of other kinds (lte_compile.baselines) have scores of their own."""
+        scores_TE: Tensor = torch.ops.lte.route(x_TD, self.weight, self.bias)
+        return scores_TE
+
+    @property
+    def weights_read(self) -> int:
+        """Entries of the matrices that one token's scores take."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
     @torch.no_grad()
     def load_initial(self, weight_ED: Tensor, bias_E: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from itertools import islice
@@ -11,29 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte_compile.data.batches import (
     Example,
     TextBatches,
     classification_batches,
+    encode_pairs,
     encode_rows,
     encode_windows,
     evaluation_batches,
     language_model_batches,
+    pair_batches,
 )
-from lte_compile.data.tasks import CORPORA, TASKS, Corpus, LabelledTask, load_corpus, load_task
+from lte_compile.data.tasks import CORPORA, TASKS, LabelledTask, Pairs, Task, load_corpus, load_pairs, load_task
 from lte_compile.data.user_files import is_user_file
-from lte_compile.evaluation import Evaluation
+from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.generation import mean_rouge_l
 from lte_compile.losses import Batch
 from lte_compile.results import Metric
 
 
 class TaskKind(StrEnum):
-    """What a model is asked to do: name a text's class, or predict every next token."""
+    """What a model is asked to do: name a text's class, predict every next token, or complete prompts."""
 
     CLASSIFICATION = "classification"
     LANGUAGE_MODEL = "language-model"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class TaskSize:
     Args:
         batch_size: texts or windows.
         max_length: tokens a text is cut to (classification).
-        window: tokens of a window (language model).
+        window: tokens of a window (language model), or of a prompt with its completion (generation).
         test_examples: at most so many texts or windows of the test split; 0 takes all.
     """
 
@@ -62,6 +66,12 @@ class TaskSize:
 DEFAULT_SIZES: Mapping[TaskKind, TaskSize] = {
     TaskKind.CLASSIFICATION: TaskSize(batch_size=32),
     TaskKind.LANGUAGE_MODEL: TaskSize(batch_size=8, test_examples=64),
+    TaskKind.GENERATION: TaskSize(batch_size=8, test_examples=256),
+}
+_METRICS: Mapping[TaskKind, Metric] = {
+    TaskKind.CLASSIFICATION: Metric.ACCURACY,
+    TaskKind.LANGUAGE_MODEL: Metric.PERPLEXITY,
+    TaskKind.GENERATION: Metric.ROUGE_L,
 }
 
 
@@ -69,7 +79,7 @@ DEFAULT_SIZES: Mapping[TaskKind, TaskSize] = {
 class EncodedTask:
     """A task's splits as batches for one tokenizer."""
 
-    task: LabelledTask | Corpus
+    task: Task
     tokenizer: Any
     size: TaskSize
 
@@ -79,11 +89,25 @@ class EncodedTask:
 
     @property
     def metric(self) -> Metric:
-        return Metric.ACCURACY if self.kind is TaskKind.CLASSIFICATION else Metric.PERPLEXITY
+        return _METRICS[self.kind]
 
     def quality(self, evaluation: Evaluation) -> float:
-        """The metric's value."""
+        """The metric's value, of what `evaluate` returned."""
+        if self.metric is Metric.ROUGE_L:
+            assert evaluation.rouge_l is not None
+            return evaluation.rouge_l
         return evaluation.accuracy if self.metric is Metric.ACCURACY else evaluation.perplexity
+
+    def evaluate(self, model: nn.Module, examples: Sequence[Example]) -> Evaluation:
+        """Measure the model on examples of the task, in its current stage; a generation task also generates.
+
+        Loss and densities of a generation task are those of reading the prompts with their true completions.
+        """
+        measured = evaluate(model, self.test_batches(examples))
+        if self.metric is not Metric.ROUGE_L:
+            return measured
+        score = mean_rouge_l(model, self.tokenizer, examples, batch_size=self.size.batch_size)
+        return replace(measured, rouge_l=score)
 
     def training_batches(self, seed: int) -> TextBatches:
         """Endless batches of the training split."""
@@ -95,9 +119,10 @@ class EncodedTask:
                 max_length=self.size.max_length,
                 seed=seed,
             )
-        return language_model_batches(
-            self.task.train, self.tokenizer, batch_size=self.size.batch_size, window=self.size.window, seed=seed
-        )
+        size, window = self.size.batch_size, self.size.window
+        if isinstance(self.task, Pairs):
+            return pair_batches(self.task.train, self.tokenizer, batch_size=size, window=window, seed=seed)
+        return language_model_batches(self.task.train, self.tokenizer, batch_size=size, window=window, seed=seed)
 
     def held_out(self, count: int, device: torch.device) -> list[Batch]:
         """The first `count` batches of the validation split."""
@@ -117,6 +142,8 @@ class EncodedTask:
     def _encode(self, split: Sequence[Any]) -> tuple[Example, ...]:
         if self.kind is TaskKind.CLASSIFICATION:
             return encode_rows(split, self.tokenizer, self.size.max_length)
+        if self.kind is TaskKind.GENERATION:
+            return encode_pairs(split, self.tokenizer, self.size.window)
         return encode_windows(split, self.tokenizer, self.size.window)
 
 
@@ -137,8 +164,8 @@ class OnDevice:
         self._batches.load_state_dict(state)
 
 
-def open_task(name: str, kind: TaskKind | None = None) -> LabelledTask | Corpus:
-    """A labelled task or a corpus by its name, or out of a .csv, .jsonl or .txt file.
+def open_task(name: str, kind: TaskKind | None = None) -> Task:
+    """A labelled task or a corpus by its name, or those or pairs out of a .csv, .jsonl or .txt file.
 
     Args:
         kind: overrides what the name or the file says: a labelled .csv can be read as prose.
@@ -148,15 +175,13 @@ def open_task(name: str, kind: TaskKind | None = None) -> LabelledTask | Corpus:
             the other kind.
     """
     found = named_kind(name)
-    if kind is None or kind is found:
-        return load_task(name) if found is TaskKind.CLASSIFICATION else load_corpus(name)
-    if not is_user_file(name):
+    if kind not in (None, found) and not is_user_file(name):
         raise ValueError(f"{name!r} is a {found} task; it cannot be used as a {kind} task")
-    return load_task(name) if kind is TaskKind.CLASSIFICATION else load_corpus(name)
+    return _LOADERS[kind or found](name)
 
 
 def named_kind(name: str) -> TaskKind:
-    """The kind of a task by its name, or by a file's first line: one with a `label` is for classification."""
+    """The kind of a task by its name, or by a file's first line: one with a `label`, or with a `completion`."""
     if name in TASKS:
         return TaskKind.CLASSIFICATION
     if name in CORPORA:
@@ -166,11 +191,23 @@ def named_kind(name: str) -> TaskKind:
         near = get_close_matches(name, known, n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"no task {name!r}; known are {', '.join(known)}, or give a .csv, .jsonl or .txt file{hint}")
-    return TaskKind.CLASSIFICATION if _is_labelled(Path(name)) else TaskKind.LANGUAGE_MODEL
+    columns = _columns(Path(name))
+    if "label" in columns:
+        return TaskKind.CLASSIFICATION
+    return TaskKind.GENERATION if {"prompt", "completion"} <= columns else TaskKind.LANGUAGE_MODEL
 
 
-def kind_of(task: LabelledTask | Corpus) -> TaskKind:
+def kind_of(task: Task) -> TaskKind:
+    if isinstance(task, Pairs):
+        return TaskKind.GENERATION
     return TaskKind.CLASSIFICATION if isinstance(task, LabelledTask) else TaskKind.LANGUAGE_MODEL
+
+
+_LOADERS: Mapping[TaskKind, Callable[[str], Task]] = {
+    TaskKind.CLASSIFICATION: load_task,
+    TaskKind.LANGUAGE_MODEL: load_corpus,
+    TaskKind.GENERATION: load_pairs,
+}
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -183,13 +220,14 @@ def without_labels(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _is_labelled(path: Path) -> bool:
+def _columns(path: Path) -> set[str]:
+    """Names that the first line of a table has, as far as they say what the table is for."""
     if path.suffix.lower() == ".txt":
-        return False
+        return set()
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with path.open(encoding="utf-8-sig") as file:
         first = file.readline()
     if path.suffix.lower() == ".csv":
-        return "label" in [column.strip().strip('"') for column in first.split(",")]
-    return '"label"' in first
+        return {column.strip().strip('"') for column in first.split(",")}
+    return {name for name in ("label", "prompt", "completion") if f'"{name}"' in first}

@@ -138,7 +138,7 @@ def trace_routers(model: nn.Module, *, mask: Tensor | None = None) -> Iterator[R
     found = require_routers(model)
     if any(router.sink is not None for router in found):
         raise ValueError("this model is being traced already; trace_routers blocks cannot be nested")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     reader = PaddingReader(model, mask)
     trace = RouterTrace(site_names(model), reader)
     with ExitStack() as stack:
@@ -149,7 +149,7 @@ def trace_routers(model: nn.Module, *, mask: Tensor | None = None) -> Iterator[R
         yield trace
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that hide its signature and config: torch.compile's and those of data parallelism."""
     while True:
         if isinstance(model, nn.DataParallel | DistributedDataParallel):
@@ -163,9 +163,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def site_names(model: nn.Module) -> dict[Router, str]:
     """A unique name for each router's site: its module's, or its down-projection's where two share a module."""
     found = require_routers(model)
-    seen = Counter(router.site.name for router in found)
+    return dict(zip(found, unique_names([router.site for router in found]), strict=True))
 
-    def unique(site: FfnSite) -> str:
-        return site.name if site.name and seen[site.name] == 1 else site.down.rpartition(".")[0]
 
-    return {router: unique(router.site) for router in found}
+def unique_names(sites: Sequence[FfnSite]) -> tuple[str, ...]:
+    """Each site's module, or its down-projection's where two share a module."""
+    seen = Counter(site.name for site in sites)
+    return tuple(site.name if site.name and seen[site.name] == 1 else site.down.rpartition(".")[0] for site in sites)

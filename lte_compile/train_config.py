@@ -36,6 +36,8 @@ class TrainConfig:
         separability: lambda, reached linearly over stage 1: from the first step on, the term pins experts to the side
             of tau they start on (docs/training.md). The paper's 0.5 goes with soft gates; hard gates need none.
         fit_router: start stage 1 from regression-fitted routers (lte_compile.fit_routers).
+        eta: a fixed weight of the efficiency loss, as in the paper, instead of the controller's; the density is then
+            what it comes to, the threshold stays where it was, and `target_density` is only where fitted routers start.
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
         accumulation: micro-batches per step: a batch is cut along its first axis, losses weigh as in the whole batch.
         autocast: bfloat16 autocast; routers stay in float32.
@@ -55,6 +57,7 @@ class TrainConfig:
     gates: Gates = Gates.STRAIGHT_THROUGH
     separability: float = 0.0
     fit_router: bool = True
+    eta: float | None = None
     distillation: float = 0.0
     accumulation: int = 1
     autocast: bool = False
@@ -69,6 +72,7 @@ class TrainConfig:
         _require(0.0 < self.target_density < 1.0, "target_density must lie between 0 and 1", self.target_density)
         _require(0.0 <= self.distillation <= 1.0, "distillation must lie in [0, 1]", self.distillation)
         _require(0.0 <= self.warmup < 1.0, "warmup must lie in [0, 1)", self.warmup)
+        _require(self.eta is None or self.eta >= 0.0, "eta must not be negative", self.eta)
         for name in ("stage1_steps", "stage2_steps", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         for name in ("accumulation", "measure_every"):

@@ -108,7 +108,7 @@ def train(
     """
     phases = tuple(lte_phases(config) if phases is None else phases)
     _check(model, config, phases, held_out, teacher)
-    controller = DensityController(target=config.target_density)
+    controller = controller_of(config)
     run = _Run(
         model=model,
         batches=batches,
@@ -172,13 +172,19 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
         return
     if fresh and phase.trains_routers and config.fit_router:
         fit_routers(model, peek_batches(run.batches, FIT_BATCHES), config.target_density)
-    if fresh and phase.stage is Stage.HARD and phase.selection is None and run.held_out:
+    steered = config.eta is None and phase.selection is None and bool(run.held_out)
+    if fresh and phase.stage is Stage.HARD and steered:
         calibrate(model, run.held_out)
         set_density(model, config.target_density)
     set_stage(model, phase.stage, selection=phase.selection)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
+
+
+def controller_of(config: TrainConfig) -> DensityController:
+    """What sets eta: the density, or the configuration once and for all."""
+    return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
 
 
 def peek_batches(batches: Batches, count: int) -> list[Batch]:

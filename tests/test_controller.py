@@ -47,3 +47,9 @@ def test_state_survives_json() -> None:
 def test_impossible_targets_are_refused(target: float) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         DensityController(target=target)
+
+
+def test_a_fixed_eta_stays_whatever_is_measured() -> None:
+    controller = DensityController(target=0.3, eta=0.7, is_fixed=True)
+    assert [controller.measure(density) for density in (0.9, 0.1, 0.3)] == [0.7] * 3
+    assert controller.latest == 0.3

@@ -277,11 +277,28 @@ def test_a_loss_that_is_not_finite_stops_training() -> None:
         ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"stage1_steps": -1}, "stage1_steps must not be negative"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"eta": -0.1}, "eta must not be negative"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _config(**changes)
+
+
+@pytest.mark.parametrize("stage2_steps", [0, 20])
+def test_a_fixed_eta_decides_the_density_and_thresholds_stay(stage2_steps: int) -> None:
+    densities = []
+    for eta in (0.0, 4.0):
+        model = _model()
+        config = _config(
+            eta=eta, stage1_steps=60, stage2_steps=stage2_steps, learning_rate=3e-3, router_learning_rate=3e-3
+        )
+        events = train(model, _batches(), config, held_out=_held_out())
+        set_stage(model, "hard")
+        assert {event.eta for event in events if event.phase == "stage 1"} == {eta}
+        assert {router.threshold for router in routers(model)} == {0.5}
+        densities.append(evaluate(model, _held_out()).density)
+    assert densities[0] > densities[1] + 0.1  # from the same start
 
 
 def test_missing_pieces_are_named() -> None:

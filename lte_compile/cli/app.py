@@ -61,9 +61,11 @@ for command in (
     commands.convert,
     commands.train,
     commands.evaluate,
+    commands.compare,
     commands.export,
     commands.generate,
     commands.bench,
+    commands.build_ort,
     commands.demo,
 ):
     app.command()(command)

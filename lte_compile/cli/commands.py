@@ -75,27 +75,27 @@ def train(
     task: options.Task,
     task_kind: options.TaskKindName = "",
     target_density: Annotated[float, typer.Option(help="Share of neurons to keep active.")] = 0.3,
-    finetune_steps: Annotated[
-        int | None, typer.Option(help="Steps of dense fine-tuning first.", show_default="270 for a new head, else 0")
-    ] = None,
-    stage1_steps: Annotated[int, typer.Option(help="Steps in which model and routers train.")] = 270,
-    stage2_steps: Annotated[int, typer.Option(help="Steps in which the routers are frozen.")] = 135,
-    learning_rate: Annotated[float, typer.Option(help="Of the model.")] = 1e-4,
-    router_learning_rate: Annotated[float, typer.Option(help="Of the routers.")] = 3e-4,
-    gates: Annotated[Gates, typer.Option(help="What multiplies expert outputs in stage 1.")] = Gates.STRAIGHT_THROUGH,
-    separability: Annotated[float, typer.Option(help="Lambda, the weight of the separability loss.")] = 0.0,
-    distillation: Annotated[float, typer.Option(help="Weight of the dense model's outputs as targets, 0 to 1.")] = 0.0,
+    finetune_steps: options.FinetuneSteps = None,
+    stage1_steps: options.Stage1Steps = 270,
+    stage2_steps: options.Stage2Steps = 135,
+    learning_rate: options.LearningRate = 1e-4,
+    router_learning_rate: options.RouterLearningRate = 3e-4,
+    gates: options.GatesOption = Gates.STRAIGHT_THROUGH,
+    separability: options.Separability = 0.0,
+    eta: options.Eta = None,
+    fit_router: options.FitRouter = True,
+    distillation: options.Distillation = 0.0,
     batch_size: options.BatchSize = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches a batch is cut into.")] = 1,
+    accumulation: options.Accumulation = 1,
     max_length: options.MaxLength = 64,
     window: options.Window = 256,
     test_examples: options.TestExamples = None,
     expert_size: options.ExpertSize = 32,
     grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
     seed: options.Seed = 0,
-    autocast: Annotated[bool, typer.Option("--autocast", help="bfloat16 autocast.")] = False,
+    autocast: options.Autocast = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 100,
+    checkpoint_every: options.CheckpointEvery = 100,
     resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoints, if there are any.")] = True,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
@@ -126,6 +126,8 @@ def train(
                 router_learning_rate=router_learning_rate,
                 gates=gates,
                 separability=separability,
+                eta=eta,
+                fit_router=fit_router,
                 distillation=distillation,
                 accumulation=accumulation,
                 autocast=autocast,
@@ -177,23 +179,115 @@ def evaluate(
     _show(work, as_json)
 
 
+def compare(
+    model: options.Model,
+    task: options.Task,
+    out: Annotated[Path, typer.Option(help="Directory of results, plots and checkpoints.")],
+    task_kind: options.TaskKindName = "",
+    densities: Annotated[str, typer.Option(help="Shares of neurons to keep, separated by commas.")] = "0.5,0.3,0.1",
+    methods: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    seeds: Annotated[int, typer.Option(help="How many, from 0 on.")] = 1,
+    finetune_steps: options.FinetuneSteps = None,
+    stage1_steps: options.Stage1Steps = 270,
+    stage2_steps: options.Stage2Steps = 135,
+    learning_rate: options.LearningRate = 1e-4,
+    router_learning_rate: options.RouterLearningRate = 3e-4,
+    gates: options.GatesOption = Gates.STRAIGHT_THROUGH,
+    separability: options.Separability = 0.0,
+    eta: options.Eta = None,
+    fit_router: options.FitRouter = True,
+    distillation: options.Distillation = 0.0,
+    batch_size: options.BatchSize = None,
+    accumulation: options.Accumulation = 1,
+    max_length: options.MaxLength = 64,
+    window: options.Window = 256,
+    test_examples: options.TestExamples = None,
+    expert_size: options.ExpertSize = 32,
+    grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    autocast: options.Autocast = False,
+    checkpoint_every: options.CheckpointEvery = 500,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Train and run LTE and its baselines at several densities, with equal steps for all; table and trade-off plot."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.comparing import CompareSettings, compare_methods
+
+        settings = CompareSettings(
+            model=model,
+            out=out,
+            task=TaskOptions(
+                name=task,
+                kind=task_kind,
+                batch_size=batch_size,
+                max_length=max_length,
+                window=window,
+                test_examples=test_examples,
+            ),
+            methods=options.listed(methods),
+            densities=options.listed_numbers(densities, "--densities"),
+            seeds=seeds,
+            transform=TransformConfig(expert_size=expert_size, grouping=grouping),
+            train=TrainConfig(
+                target_density=0.5,  # set anew for every point
+                stage1_steps=stage1_steps,
+                stage2_steps=stage2_steps,
+                learning_rate=learning_rate,
+                router_learning_rate=router_learning_rate,
+                gates=gates,
+                separability=separability,
+                eta=eta,
+                fit_router=fit_router,
+                distillation=distillation,
+                accumulation=accumulation,
+                autocast=autocast,
+                checkpoint_every=checkpoint_every,
+            ),
+            finetune_steps=finetune_steps,
+            device=device,
+        )
+        return compare_methods(settings)
+
+    _show(work, as_json)
+
+
 def export(
     model: options.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
-    kv_cache: Annotated[bool, typer.Option("--kv-cache", help="A decoder with cache inputs and outputs.")] = False,
-    dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file (OUT.onnx), or a folder.")],
+    target: Annotated[str, typer.Option(help="What loads a folder: onnxruntime or triton-server.")] = "onnxruntime",
+    kv_cache: Annotated[bool, typer.Option("--kv-cache", help="With cache inputs and outputs, to generate.")] = False,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     dynamic_axes: Annotated[str, typer.Option(help="batch_and_sequence, batch or none.")] = "batch_and_sequence",
     opset: Annotated[int, typer.Option(help="20 to 23.")] = 20,
     dense: Annotated[bool, typer.Option("--dense", help="Also export a model without routers.")] = False,
+    custom_ops: options.CustomOps = None,
+    device: Annotated[str, typer.Option(help="Where Triton's instances run: auto, cpu or cuda.")] = "auto",
+    repository: Annotated[
+        str | None, typer.Option(help="Where Triton sees the model repository.", show_default="the folder of OUT")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write an ONNX file, run it in plain ONNX Runtime and compare it with torch."""
+    """Write an ONNX file or folder, run it in ONNX Runtime and compare it with torch."""
 
     def work() -> Outcome:
         from lte_compile.cli.exporting import ExportSettings, export_model
+        from lte_compile.cli.preparing import find_library
 
         settings = ExportSettings(
-            model=model, out=out, kv_cache=kv_cache, dtype=dtype, dynamic_axes=dynamic_axes, opset=opset, dense=dense
+            model=model,
+            out=out,
+            target=target,
+            kv_cache=kv_cache,
+            dtype=dtype,
+            dynamic_axes=dynamic_axes,
+            opset=opset,
+            dense=dense,
+            custom_ops=find_library(custom_ops),
+            device=device,
+            repository=repository,
+            overwrite=overwrite,
         )
         return export_model(settings)
 
@@ -205,7 +299,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 32,
     runtime: Annotated[str, typer.Option(help="torch, or ort (ONNX Runtime).")] = "torch",
-    onnx: Annotated[Path | None, typer.Option(help="A file written by export --kv-cache, for --runtime ort.")] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="A file written by export --kv-cache, for --runtime ort.", show_default="MODEL's own"),
+    ] = None,
+    custom_ops: options.CustomOps = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -213,6 +311,7 @@ def generate(
 
     def work() -> Outcome:
         from lte_compile.cli.generating import GenerateSettings, generate_text
+        from lte_compile.cli.preparing import find_library
 
         settings = GenerateSettings(
             model=model,
@@ -220,6 +319,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             runtime=runtime,
             onnx=onnx,
+            custom_ops=find_library(custom_ops),
             device=device,
             stream=not as_json,
         )
@@ -260,6 +360,21 @@ def bench(
             device=device,
         )
         return measure(settings)
+
+    _show(work, as_json)
+
+
+def build_ort(
+    out: Annotated[Path | None, typer.Option(help="Folder of the library.", show_default="the user's cache")] = None,
+    compiler: Annotated[str | None, typer.Option(help="C++17.", show_default="CXX, else the system's")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compile the library with which ONNX Runtime skips inactive experts."""
+
+    def work() -> Outcome:
+        from lte_compile.cli.building import build_library
+
+        return build_library(out, compiler)
 
     _show(work, as_json)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from lte_compile.calibration import calibrate, set_density
+from lte_compile.calibration import place_thresholds
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import encode, find_model, find_task, load_for, pick_device
 from lte_compile.config import Stage
 from lte_compile.data.batches import Example
-from lte_compile.data.tasks import Corpus, LabelledTask
-from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.data.tasks import LabelledTask, Task
+from lte_compile.evaluation import Evaluation
 from lte_compile.loading import has_classifier, is_transformed
 from lte_compile.progress import TrainingProgress
 from lte_compile.result_table import percent, quality_text
@@ -25,8 +25,6 @@ from lte_compile.tasks_api import EncodedTask
 
 # Validation batches that thresholds are placed on: 512 short texts, or 32,000 tokens of windows.
 CALIBRATION_BATCHES = 16
-# Moving the thresholds shifts what later layers see; a second calibration at the new ones makes up for most of it.
-CALIBRATION_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def evaluate_model(name: str, options: TaskOptions, densities: Sequence[float], 
     return _outcome(name, data, len(test), points)
 
 
-def _check_head(path: Path, task: LabelledTask | Corpus) -> None:
+def _check_head(path: Path, task: Task) -> None:
     if isinstance(task, LabelledTask) and not has_classifier(path, task.labels):
         raise ValueError(
             f"{path} is no classifier of {task.name}'s labels ({', '.join(task.labels)}); "
@@ -78,27 +76,23 @@ def _points(
     model: nn.Module, data: EncodedTask, test: Sequence[Example], densities: Sequence[float]
 ) -> Iterator[Point]:
     if not any(routers(model)):
-        yield Point(Stage.DENSE, None, None, evaluate(model, data.test_batches(test)))
+        yield Point(Stage.DENSE, None, None, data.evaluate(model, test))
         return
     saved = next(routers(model)).threshold
     set_stage(model, Stage.DENSE)
-    yield Point(Stage.DENSE, None, None, evaluate(model, data.test_batches(test)))
+    yield Point(Stage.DENSE, None, None, data.evaluate(model, test))
     set_stage(model, Stage.HARD)
     if not densities:
-        yield Point(Stage.HARD, None, saved, evaluate(model, data.test_batches(test)))
+        yield Point(Stage.HARD, None, saved, data.evaluate(model, test))
     for density in densities:
         threshold = place_threshold(model, data, density)
-        yield Point(Stage.HARD, density, threshold, evaluate(model, data.test_batches(test)))
+        yield Point(Stage.HARD, density, threshold, data.evaluate(model, test))
 
 
 def place_threshold(model: nn.Module, data: EncodedTask, density: float) -> float:
     """Calibrate on validation batches so that the hard stage runs at about `density`; returns the threshold."""
     held_out = data.held_out(CALIBRATION_BATCHES, next(model.parameters()).device)
-    threshold = 0.0
-    for _ in range(CALIBRATION_ROUNDS):
-        calibrate(model, held_out)
-        threshold = set_density(model, density)
-    return threshold
+    return place_thresholds(model, held_out, density)
 
 
 def _summary(data: EncodedTask, point: Point) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,6 +33,7 @@ class GenerateSettings:
     max_new_tokens: int
     runtime: str
     onnx: Path | None
+    custom_ops: Path | None
     device: str
     stream: bool
 
@@ -64,22 +66,21 @@ def generate_text(settings: GenerateSettings) -> Outcome:
         ValueError: bad input; no ONNX file for runtime "ort".
     """
     _check(settings)
-    with TrainingProgress() as progress:
-        path = find_model(settings.model, progress)
-        generate = _torch_generator(path, settings) if settings.runtime == "torch" else _ort_generator(path, settings)
-    tokenizer = load_tokenizer(path)
-    ids = tokenizer(settings.prompt)["input_ids"]
-    if not ids:
-        raise ValueError("the prompt holds no token; give a longer one")
-    text = _Text(tokenizer, _write if settings.stream else lambda piece: None)
-    start = perf_counter()
-    density = generate(ids, text.add)
-    seconds = perf_counter() - start
+    with _opened(settings) as (path, generate):
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer(settings.prompt)["input_ids"]
+        if not ids:
+            raise ValueError("the prompt holds no token; give a longer one")
+        text = _Text(tokenizer, _write if settings.stream else lambda piece: None)
+        start = perf_counter()
+        density = generate(ids, text.add)
+        seconds = perf_counter() - start
     if settings.stream:
         _write(text.text[len(text.shown) :] + "\n")
     return _outcome(settings, text, density, seconds)
 
 
+# Hands every token to its second argument as it comes; returns the density where it is known.
 Generate = Callable[[list[int], Callable[[int], None]], float | None]
 
 
@@ -88,10 +89,25 @@ def _check(settings: GenerateSettings) -> None:
         raise ValueError(f"--runtime must be one of {', '.join(RUNTIMES)}; got {settings.runtime!r}")
     if settings.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {settings.max_new_tokens}")
-    if settings.runtime == "ort" and settings.onnx is None:
-        raise ValueError("--runtime ort runs a file: give --onnx FILE, written by lte-compile export --kv-cache")
     if settings.onnx is not None and not settings.onnx.is_file():
         raise ValueError(f"{settings.onnx}: no such file")
+    if settings.runtime == "torch" and (settings.onnx is not None or settings.custom_ops is not None):
+        raise ValueError("--onnx and --custom-ops are for --runtime ort; add it, or leave them out")
+
+
+@contextmanager
+def _opened(settings: GenerateSettings) -> Iterator[tuple[Path, Generate]]:
+    """The directory of the tokenizer, and what generates."""
+    if settings.runtime == "ort":
+        from lte_compile.cli.generating_ort import opened  # the extra [onnx], which torch needs not
+
+        with opened(settings.model, settings.onnx, settings.custom_ops, settings.device) as (path, decode):
+            yield path, partial(decode, settings.max_new_tokens)
+        return
+    with TrainingProgress() as progress:
+        path = find_model(settings.model, progress)
+        generate = _torch_generator(path, settings)
+    yield path, generate
 
 
 def _torch_generator(path: Path, settings: GenerateSettings) -> Generate:
@@ -138,33 +154,6 @@ def _generate(model: nn.Module, ids: list[int], max_new_tokens: int, on_token: C
         max_new_tokens=max_new_tokens,
         streamer=_Streamer(on_token),
     )
-
-
-def _ort_generator(path: Path, settings: GenerateSettings) -> Generate:
-    from lte_compile.exporters.runtime import OrtGenerator, open_session  # the extra [onnx], which torch needs not
-
-    assert settings.onnx is not None
-    decoder = OrtGenerator(open_session(settings.onnx))
-    ends = frozenset(_end_tokens(path))
-
-    def generate(ids: list[int], on_token: Callable[[int], None]) -> None:
-        for token in decoder.stream([ids], max_new_tokens=settings.max_new_tokens):
-            on_token(int(token[0]))
-            if int(token[0]) in ends:
-                return
-
-    return generate
-
-
-def _end_tokens(path: Path) -> Iterator[int]:
-    """The tokens that transformers' generate() would end at."""
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ends = record.get("eos_token_id")
-        if ends is not None:
-            yield from ends if isinstance(ends, list) else [ends]
-            return
 
 
 def _write(piece: str) -> None:

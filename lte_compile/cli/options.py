@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lte_compile.config import Grouping
+from lte_compile.train_config import Gates
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id on the hub (owner/name).")]
 OutDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write the model to.")]
@@ -16,6 +17,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUT already holds.")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, training and data order.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+
+CustomOps = Annotated[
+    Path | None,
+    typer.Option(
+        "--custom-ops",
+        metavar="PATH|auto",
+        help="Library of SparseFFN kernels for ONNX Runtime; auto is the one of lte_compile.",
+    ),
+]
 
 ExpertSize = Annotated[int, typer.Option(help="Neurons per expert. The paper's is 32.")]
 GroupingOption = Annotated[Grouping, typer.Option("--grouping", help="How neurons become experts.")]
@@ -28,9 +38,28 @@ Task = Annotated[
         help="trec or movie (classification), sotu or shakespeare (text), or a .csv, .jsonl or .txt file.",
     ),
 ]
+FinetuneSteps = Annotated[
+    int | None, typer.Option(help="Steps of dense fine-tuning first.", show_default="270 for a new head, else 0")
+]
+Stage1Steps = Annotated[int, typer.Option(help="Steps in which model and routers train.")]
+Stage2Steps = Annotated[int, typer.Option(help="Steps in which the routers are frozen; 0 trains in one stage.")]
+LearningRate = Annotated[float, typer.Option(help="Of the model.")]
+RouterLearningRate = Annotated[float, typer.Option(help="Of the routers.")]
+GatesOption = Annotated[Gates, typer.Option("--gates", help="What multiplies expert outputs in stage 1.")]
+Separability = Annotated[float, typer.Option(help="Lambda, the weight of the separability loss.")]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="A fixed weight of the efficiency loss.", show_default="steered by the density"),
+]
+FitRouter = Annotated[bool, typer.Option("--fit-router/--no-fit-router", help="Start from routers fitted to data.")]
+Distillation = Annotated[float, typer.Option(help="Weight of the dense model's outputs as targets, 0 to 1.")]
+Accumulation = Annotated[int, typer.Option(help="Micro-batches a batch is cut into.")]
+Autocast = Annotated[bool, typer.Option("--autocast", help="bfloat16 autocast.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")]
+
 # An enum of tasks_api would do, but that module imports torch.
 TaskKindName = Annotated[
-    str, typer.Option("--task-kind", metavar="KIND", help="classification or language-model; by default by the task.")
+    str, typer.Option("--task-kind", metavar="KIND", help="classification, language-model or generation.")
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Texts or windows per batch.", show_default="32 texts, 8 windows")]
 MaxLength = Annotated[int, typer.Option(help="Tokens that a labelled text is cut to.")]
@@ -51,3 +80,16 @@ class TaskOptions:
     max_length: int = 64
     window: int = 256
     test_examples: int | None = None
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The items of an option that takes several, separated by commas."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def listed_numbers(text: str, option: str) -> tuple[float, ...]:
+    """The same for numbers."""
+    try:
+        return tuple(float(item) for item in listed(text))
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, such as 0.5,0.3; got {text!r}") from None

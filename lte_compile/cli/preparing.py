@@ -16,8 +16,9 @@ from torch import nn
 from lte_compile.cli.options import TaskOptions
 from lte_compile.data.models import resolve_model
 from lte_compile.data.provenance import read_provenance
-from lte_compile.data.tasks import Corpus, LabelledTask
+from lte_compile.data.tasks import LabelledTask, Task
 from lte_compile.loading import load_causal_lm, load_classifier
+from lte_compile.ort_library import ort_library_path
 from lte_compile.progress import TrainingProgress
 from lte_compile.tasks_api import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
 
@@ -57,6 +58,13 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"cannot write to {out}: {error.strerror}; choose another directory") from error
 
 
+def find_library(option: Path | None) -> Path | None:
+    """The library of a --custom-ops option."""
+    if option is not None and not option.is_file() and str(option) != "auto":
+        raise ValueError(f"--custom-ops: there is no {option}; give a library of SparseFFN kernels, or auto")
+    return ort_library_path() if str(option) == "auto" else option
+
+
 def pick_device(name: str) -> torch.device:
     """The device of a --device option."""
     if name == "auto":
@@ -70,19 +78,19 @@ def pick_device(name: str) -> torch.device:
     raise ValueError(f"there is no device {name!r} here: torch sees {torch.cuda.device_count()} GPUs")
 
 
-def find_task(options: TaskOptions, progress: TrainingProgress) -> LabelledTask | Corpus:
+def find_task(options: TaskOptions, progress: TrainingProgress) -> Task:
     """The task of a command line, fetched if need be."""
     kind = _kind(options.kind) if options.kind else None
     with progress.working(f"reading {options.name}"):
         return open_task(options.name, kind)
 
 
-def load_for(task: LabelledTask | Corpus, path: Path) -> tuple[nn.Module, Any]:
+def load_for(task: Task, path: Path) -> tuple[nn.Module, Any]:
     """The model with the head that the task needs, and its tokenizer."""
     return load_classifier(path, task.labels) if isinstance(task, LabelledTask) else load_causal_lm(path)
 
 
-def encode(task: LabelledTask | Corpus, tokenizer: Any, options: TaskOptions) -> EncodedTask:
+def encode(task: Task, tokenizer: Any, options: TaskOptions) -> EncodedTask:
     """The task in tokens, in the sizes the command line asks for."""
     usual = DEFAULT_SIZES[kind_of(task)]
     size = TaskSize(

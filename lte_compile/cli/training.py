@@ -21,8 +21,7 @@ from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
-from lte_compile.data.tasks import Corpus, LabelledTask
-from lte_compile.evaluation import evaluate
+from lte_compile.data.tasks import LabelledTask, Task
 from lte_compile.loading import has_classifier
 from lte_compile.losses import Batch
 from lte_compile.persistence import save_pretrained
@@ -84,7 +83,7 @@ def train_model(settings: TrainSettings) -> Outcome:
         with progress.working("loading"):
             model, tokenizer = load_for(task, path)
         model.to(device)
-        finetune_steps = _finetune_steps(settings, path, task)
+        finetune_steps = finetune_steps_of(settings.finetune_steps, path, task)
         data = encode(task, tokenizer, settings.task)
         _note_settings(settings)
         trained = _run(model, data, settings, finetune_steps, progress, start)
@@ -106,7 +105,7 @@ def _run(
     test = data.test_examples()
     _finetune(model, data, settings, finetune_steps, progress)
     with progress.working("evaluating the dense model"):
-        dense = evaluate(model, data.test_batches(test))
+        dense = data.evaluate(model, test)
     teacher = copy.deepcopy(model) if settings.train.distillation else None
     are_trained = any(router.score_quantiles for router in routers(model))
     if not any(routers(model)):
@@ -126,10 +125,10 @@ def _run(
         on_step=progress,
     )
     set_stage(model, Stage.HARD)
-    # Stage 2 moves what the frozen routers see, and with it the density.
-    place_threshold(model, data, config.target_density)
+    if config.eta is None:  # stage 2 moves what the frozen routers see, and with it the density
+        place_threshold(model, data, config.target_density)
     with progress.working("evaluating the sparse model"):
-        sparse = evaluate(model, data.test_batches(test))
+        sparse = data.evaluate(model, test)
     return Trained(
         model=model,
         task=data,
@@ -155,9 +154,10 @@ def _finetune(
     train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress)
 
 
-def _finetune_steps(settings: TrainSettings, path: Path, task: LabelledTask | Corpus) -> int:
-    if settings.finetune_steps is not None:
-        return settings.finetune_steps
+def finetune_steps_of(asked: int | None, path: Path, task: Task) -> int:
+    """As asked; by default as many as a new head needs, and none for a model that has one."""
+    if asked is not None:
+        return asked
     is_new = isinstance(task, LabelledTask) and not has_classifier(path, task.labels)
     return FINETUNE_STEPS_OF_A_NEW_HEAD if is_new else 0
 

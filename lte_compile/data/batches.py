@@ -20,10 +20,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a text or window; the label is a class index, or None for language modelling."""
+    """Token ids of a text or window; the label is a class index, or None for language modelling.
+
+    The first `unscored` tokens are a prompt: read, but not learned.
+    """
 
     tokens: tuple[int, ...]
     label: int | None = None
+    unscored: int = 0
 
 
 class TextBatches:
@@ -31,7 +35,8 @@ class TextBatches:
 
     Epoch e's order depends on the seed and e alone, so (epoch, index) is the whole state: training resumes with
     exactly the batches that an uninterrupted run would have seen. Batches hold int64 tensors: input_ids and
-    attention_mask [B, L], labels [B] (classification) or [B, L] (language modelling; models shift them themselves).
+    attention_mask [B, L], labels [B] (classification) or [B, L] (language modelling; models shift them themselves; -100
+    where a token is padding or of a prompt).
     """
 
     def __init__(
@@ -124,6 +129,16 @@ def language_model_batches(
     )
 
 
+def pair_batches(
+    rows: Sequence[tuple[str, str]], tokenizer: Any, *, batch_size: int = 8, window: int = 256, seed: int = 0
+) -> TextBatches:
+    """Training batches of a `Pairs` split; only completions are learned."""
+    examples = encode_pairs(rows, tokenizer, window)
+    return TextBatches(
+        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=True
+    )
+
+
 def evaluation_batches(examples: Sequence[Example], tokenizer: Any, *, batch_size: int = 64) -> Iterator[Batch]:
     """Every example once, in order."""
     for chunk in _cut(list(examples), batch_size):
@@ -135,6 +150,26 @@ def encode_rows(rows: Sequence[tuple[str, int]], tokenizer: Any, max_length: int
     texts = [text for text, _ in rows]
     encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     return tuple(Example(tuple(ids), label) for ids, (_, label) in zip(encoded, rows, strict=True))
+
+
+def encode_pairs(rows: Sequence[tuple[str, str]], tokenizer: Any, window: int = 256) -> tuple[Example, ...]:
+    """Prompt, completion and end-of-text token, together at most `window` tokens.
+
+    A completion gets up to half of them, and a prompt that is too long loses its beginning.
+    """
+    if window < 4:
+        raise ValueError(f"a window needs at least 4 tokens for prompt and completion; got {window}")
+    encoded = []
+    for prompt, completion in rows:
+        after = [*_ids(completion, tokenizer), tokenizer.eos_token_id][: window // 2]
+        before = _ids(prompt, tokenizer)[-(window - len(after)) :] or [tokenizer.eos_token_id]
+        encoded.append(Example((*before, *after), unscored=len(before)))
+    return tuple(encoded)
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def encode_windows(documents: Sequence[str], tokenizer: Any, window: int = 256) -> tuple[Example, ...]:
@@ -166,7 +201,13 @@ def _labels(examples: Sequence[Example], input_ids: Tensor) -> Tensor:
     labels = [example.label for example in examples if example.label is not None]
     if labels and len(labels) != len(examples):
         raise ValueError("a batch must be labelled as a whole or not at all")
-    return torch.tensor(labels) if labels else input_ids.clone()
+    if labels:
+        return torch.tensor(labels)
+    next_tokens = input_ids.clone()
+    for row, example in enumerate(examples):
+        next_tokens[row, : example.unscored] = -100
+        next_tokens[row, len(example.tokens) :] = -100
+    return next_tokens
 
 
 def _pad_token_id(tokenizer: Any) -> int:

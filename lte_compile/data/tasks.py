@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lte_compile.data.packages import Kind, PackageFile, fetch_package
-from lte_compile.data.user_files import is_user_file, read_documents, read_labelled
+from lte_compile.data.user_files import is_user_file, read_documents, read_labelled, read_pairs
 
 T = TypeVar("T")
 Row = tuple[str, int]
@@ -50,6 +50,29 @@ class Corpus:
     train: tuple[str, ...]
     valid: tuple[str, ...]
     test: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts with what should follow them."""
+
+    name: str
+    train: tuple[tuple[str, str], ...]
+    valid: tuple[tuple[str, str], ...]
+    test: tuple[tuple[str, str], ...]
+
+
+Task: TypeAlias = LabelledTask | Corpus | Pairs
+
+
+def load_pairs(name: str) -> Pairs:
+    """The prompts and completions of your .csv or .jsonl file, without duplicates, split like a corpus.
+
+    Raises:
+        ValueError: a file that lacks a column or rows.
+    """
+    rows = sorted(set(read_pairs(Path(name))))
+    return Pairs(Path(name).stem, *_three_way(rows, PROSE_SHARES))
 
 
 def load_task(name: str) -> LabelledTask:

@@ -28,6 +28,14 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
     return _not_empty(path, rows)
 
 
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """(prompt, completion) rows of a .csv or .jsonl file."""
+    if path.suffix.lower() not in _TABLES:
+        raise ValueError(f"{path}: a generation task is a .csv or .jsonl file with the columns prompt and completion")
+    columns = ("prompt", "completion")
+    return _not_empty(path, [(record["prompt"], record["completion"]) for record in _records(path, columns)])
+
+
 def read_documents(path: Path) -> list[str]:
     """Documents of a .csv or .jsonl file (column text), or pieces of a .txt file."""
     if path.suffix.lower() in _TABLES:

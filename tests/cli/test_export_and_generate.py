@@ -21,8 +21,8 @@ PROMPT = "w1 w2 w3"
 
 @pytest.fixture(scope="module")
 def exported(trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What export --kv-cache said about the trained decoder; `file` is the file."""
-    path = tmp_path_factory.mktemp("onnx") / "decoder.onnx"
+    """What export --kv-cache said about the trained decoder; `folder` is the folder, `file` the ONNX file in it."""
+    path = tmp_path_factory.mktemp("served") / "decoder"
     result = CliRunner().invoke(app, ["export", str(trained_llama), str(path), "--kv-cache", "--json"])
     assert result.exit_code == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
@@ -32,8 +32,32 @@ def exported(trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_an_exported_decoder_equals_torch(exported: dict[str, Any]) -> None:
     assert exported["max_abs_diff"] < 1e-4  # float32 in another order of summation
     assert len(exported["sparse"]) == 2
-    assert exported["bytes"] == Path(exported["file"]).stat().st_size
+    assert exported["bytes"] == sum(file.stat().st_size for file in Path(exported["folder"]).iterdir())
     assert "past_key_values.1.value" in exported["inputs"]
+
+
+def test_a_decoders_folder_is_complete(exported: dict[str, Any]) -> None:
+    names = {file.name for file in Path(exported["folder"]).iterdir()}
+    assert names == set(exported["files"])
+    assert names >= {"model.onnx", "genai_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert not any(name.endswith(".safetensors") for name in names)
+
+
+def test_a_folder_generates_by_itself(run_json: RunJson, trained_llama: Path, exported: dict[str, Any]) -> None:
+    """The folder holds tokenizer, end tokens and file: nothing of the model's directory is read."""
+    by_torch = run_json("generate", trained_llama, PROMPT, "--max-new-tokens", 32)
+    by_folder = run_json("generate", exported["folder"], PROMPT, "--max-new-tokens", 32, "--runtime", "ort")
+    assert by_folder["tokens"] == by_torch["tokens"]
+    assert by_folder["text"] == by_torch["text"]
+
+
+def test_a_model_is_exported_for_the_occasion(run: Run, run_json: RunJson, llama: Path) -> None:
+    before = sorted(file.name for file in llama.iterdir())
+    by_torch = run_json("generate", llama, PROMPT, "--max-new-tokens", 8)
+    result = run("generate", llama, PROMPT, "--max-new-tokens", 8, "--runtime", "ort")
+    assert result.stdout == by_torch["text"] + "\n"
+    assert "export --kv-cache keeps the file" in result.stderr
+    assert sorted(file.name for file in llama.iterdir()) == before
 
 
 def test_an_exported_classifier_equals_torch(run: Run, trained_bert: Path, tmp_path: Path) -> None:
@@ -54,7 +78,17 @@ def test_a_dense_model_is_exported_on_request(run: Run, run_json: RunJson, vit: 
     assert document["max_abs_diff"] < 0.02  # 10 bits of mantissa, logits of about 1
 
 
-@pytest.mark.parametrize("options", [("--dtype", "int8"), ("--dynamic-axes", "all"), ("--opset", 3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype", "int8"),
+        ("--dynamic-axes", "all"),
+        ("--opset", 3),
+        ("--target", "torchserve"),
+        ("--target", "triton-server"),  # of a folder, and model.onnx is a file
+        ("--custom-ops", "missing.so"),
+    ],
+)
 def test_export_refuses_bad_options(run: Run, trained_bert: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     assert run("export", trained_bert, tmp_path / "model.onnx", *options).exit_code == 2
     assert not list(tmp_path.iterdir())
@@ -64,6 +98,25 @@ def test_export_refuses_a_cache_for_an_encoder(run: Run, trained_bert: Path, tmp
     result = run("export", trained_bert, tmp_path / "model.onnx", "--kv-cache")
     assert result.exit_code == 2
     assert "no causal language model" in result.stderr
+
+
+@pytest.mark.slow
+def test_bfloat16_is_written_and_said_not_to_be_run(run: Run, trained_bert: Path, tmp_path: Path) -> None:
+    result = run("export", trained_bert, tmp_path / "model.onnx", "--dtype", "bf16")
+    assert result.exit_code == 0, result.stderr
+    assert "CPU provider has no bfloat16 kernels" in result.stdout
+
+
+@pytest.mark.slow
+def test_an_encoder_for_triton(run_json: RunJson, run: Run, trained_bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "repository" / "encoder"
+    document = run_json("export", trained_bert, out, "--target", "triton-server")
+    assert document["files"] == ["1/model.onnx", "config.pbtxt"]
+    assert document["file"] == str(out / "1" / "model.onnx")
+    assert document["max_abs_diff"] < 1e-4  # float32 in another order of summation
+    again = run("export", trained_bert, out, "--target", "triton-server")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
 
 
 def test_both_runtimes_generate_the_same(run_json: RunJson, trained_llama: Path, exported: dict[str, Any]) -> None:
@@ -88,7 +141,7 @@ def test_generation_ends_at_the_end_token(
     run_json: RunJson, trained_llama: Path, exported: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_json("generate", trained_llama, PROMPT, "--max-new-tokens", 1)["tokens"][0]
-    monkeypatch.setattr("lte_compile.cli.generating._end_tokens", lambda path: [first])
+    monkeypatch.setattr("lte_compile.cli.generating_ort._end_tokens", lambda path: [first])
     options = ("--runtime", "ort", "--onnx", exported["file"])
     assert run_json("generate", trained_llama, PROMPT, *options)["tokens"] == [first]
 
@@ -96,7 +149,8 @@ def test_generation_ends_at_the_end_token(
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--runtime", "ort"), "--onnx FILE"),
+        (("--custom-ops", "missing.so"), "no missing.so"),
+        (("--onnx", __file__), "add it, or leave them out"),
         (("--runtime", "tensorrt"), "torch, ort"),
         (("--runtime", "ort", "--onnx", "missing.onnx"), "no such file"),
         (("--max-new-tokens", 0), "at least 1"),

@@ -28,6 +28,10 @@ def test_training_leaves_a_hard_model_near_its_target(trained_bert: Path, run_js
     assert rows[0]["density"] == 1.0
     assert abs(rows[1]["density"] - 0.3) < 0.1  # calibrated on 16 held-out texts, measured on 16 others
     assert rows[1]["quality"] == rows[1]["accuracy"] > 0.5  # two balanced classes, one telling word
+    dense, sparse = rows[0]["selection"], rows[1]["selection"]
+    assert (dense["weight_share"], sparse["neuron_density"]) == (1.0, pytest.approx(rows[1]["density"]))
+    assert sparse["weight_share"] == pytest.approx(sparse["flops_per_token"] / dense["flops_per_token"])
+    assert sparse["neuron_density"] <= sparse["union_densities"]["2"] <= sparse["union_densities"]["64"] <= 1.0
 
 
 def test_evaluate_serves_several_densities(trained_bert: Path, run_json: RunJson, labelled: Path) -> None:

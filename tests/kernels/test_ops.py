@@ -192,6 +192,16 @@ def test_selection_rules(rule: str, gates: list[float], gradient: float) -> None
     assert torch.equal(torch.zeros(3) if grad is None else grad, torch.full((3,), float(gradient)))
 
 
+@pytest.mark.parametrize("tau, kept", [(0.01, 1), (0.4, 2), (0.5, 2), (0.75, 4), (1.0, 5)])
+def test_top_share_keeps_the_same_number_of_experts_for_every_token(tau: float, kept: int) -> None:
+    scores_TE = torch.rand(7, 5, generator=torch.Generator().manual_seed(0))
+    scores_TE[0] = 0.5  # ties do not make it more
+    gates_TE = ops.select(scores_TE, "top_share", tau)
+    assert gates_TE.sum(-1).tolist() == [kept] * 7
+    left_out = scores_TE.masked_fill(gates_TE == 1, -1.0).amax(-1)
+    assert bool((scores_TE.masked_fill(gates_TE == 0, 2.0).amin(-1) >= left_out).all())
+
+
 def test_a_new_rule_is_one_function() -> None:
     @selection_rule("at_most_one", gradient=Gradient.NONE)
     def at_most_one(scores: Tensor, tau: float) -> Tensor:
