@@ -51,6 +51,7 @@ def test_a_folder_generates_by_itself(run_json: RunJson, trained_llama: Path, ex
     assert by_folder["text"] == by_torch["text"]
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_for_the_occasion(run: Run, run_json: RunJson, llama: Path) -> None:
     before = sorted(file.name for file in llama.iterdir())
     by_torch = run_json("generate", llama, PROMPT, "--max-new-tokens", 8)

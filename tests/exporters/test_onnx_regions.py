@@ -68,7 +68,7 @@ class Residual(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("stage", ["dense", "soft", "hard"])
+@pytest.mark.parametrize("stage", ["dense", pytest.param("soft", marks=pytest.mark.slow), "hard"])
 @pytest.mark.parametrize("ffn", [GptOssFfn, XieluFfn, ScaledFfn])
 def test_runtime_agrees_with_the_model(ffn: type[nn.Module], stage: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

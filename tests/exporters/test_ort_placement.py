@@ -15,7 +15,7 @@ from lte_compile.routing import Router
 from tests.exporters.hard import prompts, shallow
 
 DECODERS = ("llama", "gpt2")
-FAMILIES = ("bert", *DECODERS, "vit")
+FAMILIES = ("bert", "llama", pytest.param("gpt2", marks=pytest.mark.slow), "vit")
 
 
 def run_once(family: str, session: ort.InferenceSession, inputs: dict[str, Any]) -> None:

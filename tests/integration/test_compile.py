@@ -25,7 +25,8 @@ from tests.routed import routed, stack, tokens
 # Dynamo's part, and ours: what compiles the graphs afterwards makes no difference to breaks and recompiles.
 EAGER: dict[str, Any] = {"compiler": "eager"}
 IN_EVERY_RUN = ("llama", "gpt2", "bert")
-FAMILIES = [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in zoo.families()]
+SLOW = pytest.mark.slow
+FAMILIES = [name if name in IN_EVERY_RUN else pytest.param(name, marks=SLOW) for name in zoo.families()]
 # 0 and 1 are sizes that Dynamo compiles for on their own.
 SIZES = ((2, 12), (3, 9), (4, 7), (5, 11))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -62,7 +63,7 @@ def resized(inputs: dict[str, Tensor], batch: int, length: int) -> dict[str, Ten
     return made
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inference_on_changing_sizes(name: str, dynamic: bool | None) -> None:
     model, (_, inputs) = sparse(name, "hard"), routed(name, torch.float32)
