@@ -5,21 +5,19 @@ Shapes: T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
-from lte_compile.baselines.thresholds import ThresholdSelector, fit_thresholds
+from lte_compile.baselines.thresholds import ThresholdSelector, by_thresholds
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.costs import Reads
 from lte_compile.kernels.activations import find_activation
 from lte_compile.passes.ir import FfnSite
 from lte_compile.permutation import projection_bias, projection_rows
-from lte_compile.selectors import installed
 
 
 class GateThreshold(ThresholdSelector):
@@ -48,11 +46,4 @@ class GateThreshold(ThresholdSelector):
 def cats(bench: Workbench) -> AtDensity:
     """`density` of the neurons; the gate projection is read whole, which the weight bytes count."""
     chosen = [GateThreshold(site, bench.dense) for site in bench.sites]
-
-    @contextmanager
-    def at(density: float) -> Iterator[nn.Module]:
-        fit_thresholds(bench.dense, chosen, bench.calibration, density)
-        with installed(bench.dense, chosen) as model:
-            yield model
-
-    return at
+    return by_thresholds(bench, chosen)

@@ -5,18 +5,16 @@ Shapes: T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
-from lte_compile.baselines.thresholds import ThresholdSelector, fit_thresholds
+from lte_compile.baselines.thresholds import ThresholdSelector, by_thresholds
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.costs import Reads
 from lte_compile.passes.ir import FfnSite
-from lte_compile.selectors import installed
 
 
 class InputThresholds(ThresholdSelector):
@@ -44,14 +42,7 @@ def teal(bench: Workbench) -> AtDensity:
     chosen = [InputThresholds(site) for site in bench.sites]
     for site in bench.sites:
         _check_separate(bench.dense, site)
-
-    @contextmanager
-    def at(density: float) -> Iterator[nn.Module]:
-        fit_thresholds(bench.dense, chosen, bench.calibration, density)
-        with installed(bench.dense, chosen) as model:
-            yield model
-
-    return at
+    return by_thresholds(bench, chosen)
 
 
 def _check_separate(model: nn.Module, site: FfnSite) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lte_compile.baselines.registry import AtDensity
+from lte_compile.baselines.workbench import Workbench
 from lte_compile.calibration import Batch, SeeFfn, watch_ffns
 from lte_compile.passes.ir import FfnSite
 from lte_compile.selectors import Selector, installed
@@ -28,6 +31,18 @@ class ThresholdSelector(Selector):
     def magnitudes(self, x_TD: Tensor, hidden_TF: Tensor) -> Sequence[Tensor]:
         """What the thresholds are compared with."""
         raise ValueError(f"{type(self).__name__} does not say what its thresholds are compared with")
+
+
+def by_thresholds(bench: Workbench, chosen: Sequence[ThresholdSelector]) -> AtDensity:
+    """The dense model with the selectors in place, their thresholds placed on the calibration batches."""
+
+    @contextmanager
+    def at(density: float) -> Iterator[nn.Module]:
+        fit_thresholds(bench.dense, chosen, bench.calibration, density)
+        with installed(bench.dense, chosen) as model:
+            yield model
+
+    return at
 
 
 def fit_thresholds(

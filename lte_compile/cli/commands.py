@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, emit, only_result_on_stdout
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.train_config import Gates, TrainConfig
-
-if TYPE_CHECKING:
-    from lte_compile.cli.training import TrainSettings
 
 
 def _show(work: Callable[[], Outcome], as_json: bool) -> None:
@@ -103,48 +100,19 @@ def train(
 ) -> None:
     """Fine-tune if asked to, give FFNs routers, train through LTE's two stages, compare with dense, save."""
 
-    def settings() -> TrainSettings:
-        from lte_compile.cli.training import TrainSettings
-
-        return TrainSettings(
-            model=model,
-            out=out,
-            task=TaskOptions(
-                name=task,
-                kind=task_kind,
-                batch_size=batch_size,
-                max_length=max_length,
-                window=window,
-                test_examples=test_examples,
-            ),
-            transform=TransformConfig(expert_size=expert_size, grouping=grouping, seed=seed),
-            train=TrainConfig(
-                target_density=target_density,
-                stage1_steps=stage1_steps,
-                stage2_steps=stage2_steps,
-                learning_rate=learning_rate,
-                router_learning_rate=router_learning_rate,
-                gates=gates,
-                separability=separability,
-                eta=eta,
-                fit_router=fit_router,
-                distillation=distillation,
-                accumulation=accumulation,
-                autocast=autocast,
-                gradient_checkpointing=gradient_checkpointing,
-                checkpoint_every=checkpoint_every,
-                seed=seed,
-            ),
-            finetune_steps=finetune_steps,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-        )
+    given = locals()
 
     def work() -> Outcome:
-        from lte_compile.cli.training import train_model
+        from lte_compile.cli.training import TrainSettings, train_model
 
-        return train_model(settings())
+        settings = options.picked(
+            TrainSettings,
+            given,
+            task=options.picked(TaskOptions, given, name=task, kind=task_kind),
+            transform=options.picked(TransformConfig, given),
+            train=options.picked(TrainConfig, given),
+        )
+        return train_model(settings)
 
     _show(work, as_json)
 
@@ -163,17 +131,11 @@ def evaluate(
 ) -> None:
     """Measure accuracy or perplexity and density on the test split; thresholds are placed on the validation split."""
 
+    task_options = options.picked(TaskOptions, locals(), name=task, kind=task_kind)
+
     def work() -> Outcome:
         from lte_compile.cli.evaluating import evaluate_model
 
-        task_options = TaskOptions(
-            name=task,
-            kind=task_kind,
-            batch_size=batch_size,
-            max_length=max_length,
-            window=window,
-            test_examples=test_examples,
-        )
         return evaluate_model(model, task_options, density or [], device)
 
     _show(work, as_json)
@@ -211,41 +173,19 @@ def compare(
 ) -> None:
     """Train and run LTE and its baselines at several densities, with equal steps for all; table and trade-off plot."""
 
+    given = locals()
+
     def work() -> Outcome:
         from lte_compile.cli.comparing import CompareSettings, compare_methods
 
-        settings = CompareSettings(
-            model=model,
-            out=out,
-            task=TaskOptions(
-                name=task,
-                kind=task_kind,
-                batch_size=batch_size,
-                max_length=max_length,
-                window=window,
-                test_examples=test_examples,
-            ),
+        settings = options.picked(
+            CompareSettings,
+            given,
+            task=options.picked(TaskOptions, given, name=task, kind=task_kind),
             methods=options.listed(methods),
             densities=options.listed_numbers(densities, "--densities"),
-            seeds=seeds,
-            transform=TransformConfig(expert_size=expert_size, grouping=grouping),
-            train=TrainConfig(
-                target_density=0.5,  # set anew for every point
-                stage1_steps=stage1_steps,
-                stage2_steps=stage2_steps,
-                learning_rate=learning_rate,
-                router_learning_rate=router_learning_rate,
-                gates=gates,
-                separability=separability,
-                eta=eta,
-                fit_router=fit_router,
-                distillation=distillation,
-                accumulation=accumulation,
-                autocast=autocast,
-                checkpoint_every=checkpoint_every,
-            ),
-            finetune_steps=finetune_steps,
-            device=device,
+            transform=options.picked(TransformConfig, given),
+            train=options.picked(TrainConfig, given, target_density=0.5),  # set anew for every point
         )
         return compare_methods(settings)
 

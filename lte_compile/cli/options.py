@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from lte_compile.config import Grouping
 from lte_compile.train_config import Gates
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id on the hub (owner/name).")]
 OutDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write the model to.")]
@@ -80,6 +86,12 @@ class TaskOptions:
     max_length: int = 64
     window: int = 256
     test_examples: int | None = None
+
+
+def picked(kind: type[Settings], arguments: Mapping[str, Any], /, **others: Any) -> Settings:
+    """`kind` from those of a command's arguments that go by the names of its fields, and from `others`."""
+    named = {field.name: arguments[field.name] for field in fields(kind) if field.name in arguments}
+    return kind(**(named | others))
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ from tests.architectures.measure import Measured, measure
 from tests.architectures.row import Row
 from tests.architectures.table import record
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 ROWS: tuple[Row, ...] = (
     *decoders.ROWS,
     *encoders.ROWS,

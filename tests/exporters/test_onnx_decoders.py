@@ -22,6 +22,9 @@ from lte_compile.onnx_folders import FolderReport, export_folder
 from tests import zoo
 from tests.exporters.hard import prompts, shallow
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # float32 rounds at 1e-7 of sums of size about 1; float16 keeps 11 bits of them.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}

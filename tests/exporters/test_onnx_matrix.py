@@ -20,6 +20,9 @@ from lte_compile.onnx_api import export_onnx
 from lte_compile.tracing import trace_routers
 from tests.exporters.hard import prompts, shallow
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 FAMILIES = ("bert", "t5", "vit", *(pytest.param(family, marks=pytest.mark.slow) for family in ("bart", "whisper")))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # float32 rounds at 1e-7 of sums of size about 1; float16 keeps 11 bits of them.

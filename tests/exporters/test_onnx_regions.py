@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import lte_compile
 from lte_compile.config import TransformConfig
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 
 class GptOssFfn(nn.Module):
     """The dense form of gpt-oss's expert: interleaved halves, clamps, (up + 1) * gate * sigmoid(alpha * gate)."""

@@ -14,6 +14,9 @@ from lte_compile.onnx_api import export_onnx
 from lte_compile.routing import Router
 from tests.exporters.hard import prompts, shallow
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 DECODERS = ("llama", "gpt2")
 FAMILIES = ("bert", "llama", pytest.param("gpt2", marks=pytest.mark.slow), "vit")
 

@@ -22,6 +22,9 @@ from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed, stack, tokens
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 # Dynamo's part, and ours: what compiles the graphs afterwards makes no difference to breaks and recompiles.
 EAGER: dict[str, Any] = {"compiler": "eager"}
 IN_EVERY_RUN = ("llama", "gpt2", "bert")

@@ -25,6 +25,9 @@ from tests.passes.generated import Block, Program, Sizes, program
 from tests.passes.generated_decoys import decoy
 from tests.passes.generated_ffns import ffn
 
+# Tracing these for coverage takes half of their time again; other tests run the same lines.
+pytestmark = pytest.mark.no_cover
+
 TOLERANCE = 1e-10  # reordering neurons changes the order of summation, about 1e-15 in float64 for values of order 1
 CONFIG = TransformConfig(expert_size=4, grouping=Grouping.RANDOM)  # random: every neuron moves
 
