@@ -63,6 +63,7 @@ def _sparse_ffn(
     tau: float,
     expert_offsets: Tensor | None = None,
     constants: Sequence[Tensor] | None = None,
+    density: float | None = None,
 ) -> Any:
     if why_not_a_node(x, w_router, b_router, w_up, activation, expert_offsets) is None:
         return NotImplemented  # torch's way to say: keep the op
@@ -86,6 +87,7 @@ def _expert_ffn(
     expert_size: int,
     expert_offsets: Tensor | None = None,
     constants: Sequence[Tensor] | None = None,
+    density: float | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     return expert_ffn_reference(x, gates, weights, activation, expert_size, expert_offsets, constants or ())
@@ -95,9 +97,13 @@ def _gate_hidden(hidden: Tensor, gates: Tensor, expert_size: int, expert_offsets
     return gate_hidden_reference(hidden, gates, expert_size, expert_offsets)
 
 
+def _select(scores: Tensor, rule: str, tau: float, density: float | None = None) -> Tensor:
+    return select_reference(scores, rule, tau)
+
+
 DECOMPOSITIONS: Final[Mapping[OpOverload, Callable[..., Any]]] = {
     lte.route.default: route_reference,
-    lte.select.default: select_reference,
+    lte.select.default: _select,
     lte.gate_hidden.default: _gate_hidden,
     lte.expert_ffn.default: _expert_ffn,
     SPARSE_FFN: _sparse_ffn,

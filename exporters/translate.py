@@ -37,6 +37,7 @@ def _sparse_ffn(
     tau: float,
     expert_offsets: Any = None,  # decompose.to_standard_ops left no node that has them
     constants: Any = None,  # likewise
+    density: float | None = None,  # a hint for kernels that are chosen when a call is made
 ) -> Any:
     lte = values.Opset(schema.DOMAIN, schema.VERSION)
     w_down_FD = op.Transpose(w_down, perm=[1, 0])  # nn.Linear keeps [D, F]; nodes.bake_weights folds this away

@@ -199,7 +199,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     count = len(_DIFFERENTIABLE)
     tensors, offsets, constants = ctx.saved_tensors[:count], ctx.saved_tensors[count], ctx.saved_tensors[count + 1 :]
-    wants, wants_constants = list(ctx.needs_input_grad[:count]), wants_of_constants(ctx, constants)
+    wants, wants_constants = list(ctx.needs_input_grad[:count]), wants_of_constants(ctx)
     call = torch.ops.lte.expert_ffn_backward
     wanted = [*wants, *wants_constants]
     grads = iter(call(grad, *tensors, ctx.activation, ctx.expert_size, offsets, list(constants), wanted))
@@ -209,13 +209,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def as_many_as_given(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The dispatcher drops arguments that equal their defaults, and wants no gradients for those."""
-    return grads[: len(ctx.needs_input_grad)]
+    """The dispatcher drops trailing arguments that equal their defaults; no constants are None, not an empty list."""
+    wants = ctx.needs_input_grad
+    return tuple(grad if want is not False or grad != [] else None for grad, want in zip(grads, wants, strict=False))
 
 
-def wants_of_constants(ctx: Any, constants: Sequence[Tensor]) -> list[bool]:
-    """Which of an op's last argument, a list of tensors or None, want gradients."""
-    return list(ctx.needs_input_grad[-1]) if constants else []
+def wants_of_constants(ctx: Any) -> list[bool]:
+    """Which of an op's constants want gradients: of all arguments, only they come as a list."""
+    return next((list(want) for want in ctx.needs_input_grad if isinstance(want, list | tuple)), [])
 
 
 expert_ffn.register_autograd(_backward, setup_context=_setup_context)

@@ -47,6 +47,7 @@ class Request(NamedTuple):
     contiguous: bool
     constants_elsewhere: bool = False
     interleaved: bool = False
+    density: float | None = None  # share of active experts to expect, where it was calibrated
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def describe(call: SparseFfnCall) -> Request:
         contiguous=_is_contiguous(call),
         interleaved=not weights.up_FD.is_contiguous(),
         constants_elsewhere=any(constant.device != x_D.device for constant in call.constants),
+        density=call.density,
     )
 
 

@@ -104,15 +104,24 @@ def _check(scores: Tensor, rule: str) -> None:
         raise ValueError(f"select needs floating point scores [..., experts]; got {scores.dtype} {list(scores.shape)}")
 
 
+def check_density(density: float | None) -> None:
+    """ValueError unless it is None or a share."""
+    if density is not None and not 0.0 <= density <= 1.0:
+        raise ValueError(f"density is the expected share of selected experts, in [0, 1]; got {density!r}")
+
+
 @torch.library.custom_op("lte::select", mutates_args=())
-def select(scores: Tensor, rule: str, tau: float) -> Tensor:
+def select(scores: Tensor, rule: str, tau: float, density: float | None = None) -> Tensor:
+    """Gates by a rule. `density` is the share expected to be selected; passes hand it on to kernels, see sparse_ffn."""
     _check(scores, rule)
+    check_density(density)
     return select_reference(scores, rule, tau)
 
 
 @select.register_fake
-def _(scores: Tensor, rule: str, tau: float) -> Tensor:
+def _(scores: Tensor, rule: str, tau: float, density: float | None = None) -> Tensor:
     _check(scores, rule)
+    check_density(density)
     return scores.new_empty(scores.shape)
 
 
@@ -130,15 +139,14 @@ def _(grad: Tensor, rule: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.rule, _ = inputs
+    _, ctx.rule, *_ = inputs
     if find_rule(ctx.rule).gradient is Gradient.NONE:
         ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-    if grad is None:
-        return None, None, None
-    return torch.ops.lte.select_backward(grad, ctx.rule), None, None
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    of_scores = None if grad is None else torch.ops.lte.select_backward(grad, ctx.rule)
+    return of_scores, *(None for _ in ctx.needs_input_grad[1:])
 
 
 select.register_autograd(_backward, setup_context=_setup_context)

@@ -20,6 +20,7 @@ from lte_compile.kernels.ffn import FfnWeights, check_ffn
 from lte_compile.kernels.layout import own
 from lte_compile.kernels.lowering import lower_sparse_ffn
 from lte_compile.kernels.route import check_router
+from lte_compile.kernels.selection import check_density
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 
 
@@ -28,7 +29,7 @@ from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
     mutates_args=(),
     schema="(Tensor x, Tensor w_router, Tensor? b_router, Tensor w_up, Tensor? w_gate, Tensor w_down, Tensor? b_up, "
     "Tensor? b_gate, Tensor? b_down, str activation, int expert_size, float tau, Tensor? expert_offsets=None, "
-    "Tensor[]? constants=None) -> Tensor",
+    "Tensor[]? constants=None, float? density=None) -> Tensor",
 )
 def sparse_ffn(
     x: Tensor,
@@ -45,13 +46,14 @@ def sparse_ffn(
     tau: float,
     expert_offsets: Tensor | None = None,
     constants: Sequence[Tensor] | None = None,
+    density: float | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     _check(x, w_router, b_router, weights, activation, constants or (), expert_size, expert_offsets)
     check_offsets(expert_offsets, w_up.shape[0])
-    call = SparseFfnCall(
-        x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, tuple(constants or ())
-    )
+    check_density(density)
+    given = tuple(constants or ())
+    call = SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, given, density)
     return own(lower_sparse_ffn(call))
 
 
@@ -86,6 +88,7 @@ def _(
     tau: float,
     expert_offsets: Tensor | None = None,
     constants: Sequence[Tensor] | None = None,
+    density: float | None = None,
 ) -> Tensor:
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     _check(x, w_router, b_router, weights, activation, constants or (), expert_size, expert_offsets)
@@ -93,7 +96,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation, ctx.expert_size, ctx.tau, offsets, constants = inputs
+    *tensors, ctx.activation, ctx.expert_size, ctx.tau, offsets, constants, _ = inputs
     ctx.save_for_backward(*tensors, offsets, *(constants or ()))
 
 
@@ -106,7 +109,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ops = torch.ops.lte
     gates = ops.select(ops.route(x, w_router, b_router), "threshold", ctx.tau)
     wants_x, _, _, *wants_weights = ctx.needs_input_grad[:_TENSORS]
-    wants_constants = wants_of_constants(ctx, constants)
+    wants_constants = wants_of_constants(ctx)
     wanted = [wants_x, False, *wants_weights, *wants_constants]
     x_cast = x.to(weights[0].dtype)
     rest = (ctx.activation, ctx.expert_size, offsets, list(constants), wanted)
@@ -114,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = next(grads).to(x.dtype) if wants_x else None
     of_weights = [next(grads) if want else None for want in wants_weights]
     of_constants = [next(grads) if want else None for want in wants_constants]
-    return as_many_as_given(ctx, (grad_x, None, None, *of_weights, None, None, None, None, of_constants))
+    return as_many_as_given(ctx, (grad_x, None, None, *of_weights, None, None, None, None, of_constants, None))
 
 
 sparse_ffn.register_autograd(_backward, setup_context=_setup_context)

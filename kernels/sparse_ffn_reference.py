@@ -26,6 +26,7 @@ class SparseFfnCall(NamedTuple):
     tau: float
     offsets_E1: Tensor | None
     constants: tuple[Tensor, ...] = ()  # of a region program given as `activation`
+    density: float | None = None  # share of active experts to expect: guides the choice of a kernel, never the result
 
 
 def active_experts(call: SparseFfnCall) -> Tensor:

@@ -54,7 +54,7 @@ def default_config(width: int, expert_size: int) -> DecodeConfig:
 def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
     """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
-    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants = call
+    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants, _ = call
     num_neurons, width = weights.up_FD.shape
     out_width, num_experts = weights.down_DF.shape[0], router_ED.shape[0]
     config = config or default_config(width, expert_size)

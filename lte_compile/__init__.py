@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lte_compile.calibration import calibrate, collect_activations, fit_routers, set_density
 from lte_compile.config import Grouping, Stage, TransformConfig
 from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.explanation import KernelOfSite, explain
 from lte_compile.graph import graph
 from lte_compile.hf_registration import register_with_transformers
 from lte_compile.inspection import Inspection, inspect
@@ -62,6 +63,7 @@ __all__ = [
     "FfnSite",
     "Grouping",
     "Inspection",
+    "KernelOfSite",
     "LteTrainer",
     "Rejection",
     "Router",
@@ -75,6 +77,7 @@ __all__ = [
     "collect_activations",
     "convert_checkpoint",
     "evaluate",
+    "explain",
     "export_folder",
     "export_onnx",
     "fit_routers",

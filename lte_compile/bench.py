@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lte_compile.kernels.ops  # noqa: F401  (registers the ops)
 from lte_compile.kernels.activations import find_activation
@@ -137,13 +138,14 @@ def bench_ffn(
     ]
 
 
-def kernel_choice(shape: FfnShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Choice:
-    """Which kernel serves one token through lte::sparse_ffn, and why the others do not; `str()` explains it."""
-    layer = _random_layer(shape, dtype, device, seed=0)
+def kernel_choice(shape: FfnShape, dtype: torch.dtype = torch.float32, device: str = "cpu", tokens: int = 1) -> Choice:
+    """Which kernel serves lte::sparse_ffn, and why the others do not; `str()` explains it. The device may be absent."""
+    with FakeTensorMode():
+        layer = _random_layer(shape, dtype, "cpu", seed=0)
     call = SparseFfnCall(
         layer.x_D, layer.router_ED, None, layer.weights, shape.activation, shape.expert_size, 0.5, None
     )
-    return choose(describe(call))
+    return choose(describe(call)._replace(device=device, tokens=tokens))
 
 
 def _random_layer(shape: FfnShape, dtype: torch.dtype, device: str, seed: int) -> _Layer:

@@ -5,6 +5,7 @@ Shapes: D model width, F neurons, E experts, T any leading token dimensions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -60,8 +61,17 @@ class Router(nn.Module):
             scores_TE = rejoin_losses(self, scores_TE)
         elif self.sink is not None:
             self.sink.record(self, scores_TE)
-        gates_TE: Tensor = torch.ops.lte.select(scores_TE, self.rule, self.threshold)
+        hint = self.expected_density
+        expected = () if hint is None else (hint,)
+        gates_TE: Tensor = torch.ops.lte.select(scores_TE, self.rule, self.threshold, *expected)
         return gates_TE
+
+    @property
+    def expected_density(self) -> float | None:
+        """Share of experts above the threshold where `lte_compile.calibrate` measured scores, in whole percent."""
+        if self.rule != "threshold" or not self.score_quantiles:
+            return None
+        return round(1 - bisect_right(self.score_quantiles, self.threshold) / len(self.score_quantiles), 2)
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What the rule selects by, [T, E]. Routers of other kinds (lte_compile.baselines) have scores of their own."""

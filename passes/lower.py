@@ -87,6 +87,7 @@ def _rewrite(graph: CapturedGraph, node: fx.Node) -> str:
         torch.ops.lte.sparse_ffn.default,
         *(given["x"], router["weight"], router["bias"], *weights),
         *(given["activation"], given["expert_size"], selection["tau"], *optional),
+        **({} if selection["density"] is None else {"density": selection["density"]}),
     )
     node.replace_all_uses_with(lowered)
     return f"{_down_name(graph, node)}: {node.name} became {lowered.name}, kernel {_kernel(given['activation'])}"

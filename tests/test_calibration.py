@@ -17,9 +17,10 @@ from lte_compile.calibration import (
     set_density,
 )
 from lte_compile.config import Grouping, Stage, TransformConfig
+from lte_compile.graph import graph
 from lte_compile.inspection import inspect
-from lte_compile.routing import routers
-from lte_compile.tracing import trace_routers
+from lte_compile.routing import routers, set_stage
+from lte_compile.tracing import site_names, trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed, routed_stack, stack, tokens
@@ -177,3 +178,17 @@ def test_errors() -> None:
     for density in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
             set_density(calibrate(routed_stack(), data), density)
+
+
+def test_calibrated_routers_say_what_density_to_expect() -> None:
+    """Kernels are chosen by it, so it follows the thresholds and is silent where nothing was measured."""
+    model, inputs = routed("llama")
+    set_stage(model, "hard")
+    assert {router.expected_density for router in routers(model)} == {None}
+    set_density(calibrate(model, batches("llama")), 0.4)
+    measured = evaluate_routers(model, batches("llama")).densities()
+    for router, name in site_names(model).items():
+        assert router.expected_density == pytest.approx(measured[name], abs=CLOSE)
+    assert "density=0." in str(graph(model, inputs))
+    set_stage(model, "dense")
+    assert {router.expected_density for router in routers(model)} == {None}

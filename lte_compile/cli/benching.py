@@ -75,19 +75,26 @@ def bench(settings: BenchSettings) -> Outcome:
     return Outcome(document, [_table(shape, rows, f"{device}, {threads} threads, {layers} layers in turns"), choice])
 
 
+def given_shape(settings: BenchSettings) -> FfnShape | None:
+    """The FFN that a subject such as 576x1536 describes; None for a model."""
+    match = _SHAPE.fullmatch(settings.subject)
+    if match is None:
+        return None
+    width, hidden = map(int, match.groups())
+    return FfnShape(
+        width=width,
+        hidden=hidden,
+        gated=settings.gated,
+        activation=settings.activation,
+        biases=settings.biases,
+        expert_size=settings.expert_size,
+    )
+
+
 def _shape_of(settings: BenchSettings, progress: TrainingProgress) -> tuple[FfnShape, int]:
     """The FFN to time, and how many layers of it there are."""
-    if match := _SHAPE.fullmatch(settings.subject):
-        width, hidden = map(int, match.groups())
-        shape = FfnShape(
-            width=width,
-            hidden=hidden,
-            gated=settings.gated,
-            activation=settings.activation,
-            biases=settings.biases,
-            expert_size=settings.expert_size,
-        )
-        return shape, LAYERS
+    if (given := given_shape(settings)) is not None:
+        return given, LAYERS
     path = find_model(settings.subject, progress)
     with progress.working("tracing"):
         sites = require_sites(inspect(load_model(path)))

@@ -279,6 +279,8 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's")] = None,
     seconds: Annotated[float, typer.Option(help="Measuring time per density.")] = 0.5,
     device: options.Device = "auto",
+    explain: Annotated[bool, typer.Option("--explain", help="Each FFN's kernel, and why; time nothing.")] = False,
+    tokens: Annotated[list[int] | None, typer.Option(help="With --explain. May be repeated.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Time one FFN for one token: dense against lte::sparse_ffn, router included."""
@@ -286,6 +288,7 @@ def bench(
     def work() -> Outcome:
         from lte_compile.cli.benching import BenchSettings
         from lte_compile.cli.benching import bench as measure
+        from lte_compile.cli.explaining import explain_kernels
 
         settings = BenchSettings(
             subject=subject,
@@ -299,7 +302,7 @@ def bench(
             seconds=seconds,
             device=device,
         )
-        return measure(settings)
+        return explain_kernels(settings, tokens) if explain else measure(settings)
 
     _show(work, as_json)
 

@@ -94,3 +94,18 @@ def test_bench_refuses_bad_options(run: Run, options: tuple[object, ...]) -> Non
     result = run("bench", "32x64", *options)
     assert result.exit_code == 2
     assert result.stderr.count("error:") == 1
+
+
+def test_kernels_are_explained_without_timing(run: Run, run_json: RunJson, llama: Path) -> None:
+    document = run_json("bench", llama, "--explain", "--device", "cuda", "--dtype", "bf16", "--tokens", 1)
+    assert [site["kernel"] for site in document["sites"]] == ["triton-decode"] * len(document["sites"])
+    assert all(site["site"].endswith("down_proj.weight") for site in document["sites"])
+    shown = run("bench", "32x64", "--explain", "--device", "cpu", "--tokens", 1).stdout
+    assert "cpu-runs" in shown
+    assert "not triton-decode: needs a CUDA device" in shown
+
+
+def test_explain_names_its_devices(run: Run) -> None:
+    result = run("bench", "32x64", "--explain", "--device", "tpu")
+    assert result.exit_code == 2
+    assert "--device must be auto, cpu, cuda with --explain; got 'tpu'" in result.stderr

@@ -143,7 +143,7 @@ def in_float64(call: SparseFfnCall) -> SparseFfnCall:
 
 
 def run_op(call: SparseFfnCall) -> Tensor:
-    x, router, bias, weights, activation, size, tau, offsets, constants = call
+    x, router, bias, weights, activation, size, tau, offsets, constants, _ = call
     given = list(constants) if constants else None
     result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *weights, activation, size, tau, offsets, given)
     return result

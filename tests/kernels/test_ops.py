@@ -332,3 +332,20 @@ def loop_over_experts(call: SparseFfnCall) -> Tensor:
             hidden = F.silu(hidden)
         y[token] += down[:, rows] @ hidden
     return y if down_bias is None else y + down_bias
+
+
+@pytest.mark.parametrize("density", [None, 0.0, 0.3, 1.0])
+def test_the_density_to_expect_changes_no_value(density: float | None) -> None:
+    given = arguments(PRIMES)["sparse_ffn"]
+    plain, hinted = ops.sparse_ffn(*given), ops.sparse_ffn(*given, density=density)
+    assert torch.equal(plain, hinted)
+    (expected,), (grad,) = (torch.autograd.grad(y.sum(), given[:1]) for y in (plain, hinted))
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.5, float("nan")])
+def test_a_density_is_a_share(density: float) -> None:
+    with pytest.raises(ValueError, match=r"density is the expected share of selected experts, in \[0, 1\]"):
+        ops.sparse_ffn(*arguments(PRIMES)["sparse_ffn"], density=density)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        ops.select(*arguments(PRIMES)["select"], density)

@@ -74,3 +74,9 @@ def test_a_second_run_is_refused_because_the_graph_is_lowered() -> None:
     run_pipeline(graph, (LowerSparse(),))
     with pytest.raises(ValueError, match="'lower-sparse' takes a routed graph"):
         run_pipeline(graph, (LowerSparse(),))
+
+
+def test_the_density_to_expect_reaches_the_kernel() -> None:
+    graph = parse(HEAD + f"gates = lte.select(scores, 'threshold', 0.4, 0.25)\nreturn {FFN}")
+    run_pipeline(graph, (LowerSparse(),))
+    assert "tau=0.4, density=0.25)" in render(graph)
