@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -209,39 +210,66 @@ def place_thresholds(
     return threshold
 
 
-def set_density(model: nn.Module, density: float) -> float:
+def set_density(model: nn.Module, density: float, *, floor: float = 0.0, ceiling: float = 1.0) -> float:
     """Move the threshold of every router so that about `density` of all neurons is active. Returns the threshold.
 
-    One threshold serves all sites: layers keep the shares they learned. Scores are as measured by `calibrate`, at the
-    threshold of that time; the further away the new one, the more inputs of later layers shift (docs/training.md).
+    One threshold serves all sites: layers keep the shares they learned. A site whose share it would take below `floor`
+    or above `ceiling` gets a threshold of its own; with both equal to `density` every site has the same share. Scores
+    are as measured by `calibrate`, at the threshold of that time; the further away the new one, the more inputs of
+    later layers shift (docs/training.md).
 
     Raises:
-        ValueError: density outside (0, 1], or a model that was not calibrated.
+        ValueError: density outside (0, 1] or outside [floor, ceiling], or a model that was not calibrated.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1]; got {density!r}")
+    if not 0.0 <= floor <= density <= ceiling <= 1.0:
+        raise ValueError(
+            f"floor <= density <= ceiling must hold, all in [0, 1]; got {floor!r}, {density!r}, {ceiling!r}"
+        )
     found = require_routers(model)
     if missing := [r.site.name for r in found if not r.score_quantiles]:
         raise ValueError(
             f"site {missing[0]} has no calibrated scores; call lte_compile.calibrate(model, batches) first"
         )
-    threshold = _threshold_for(found, density)
+    budget = _Budget(found, floor, ceiling)
+    threshold = budget.threshold_for(density)
     for router in found:
-        router.threshold = threshold
+        router.threshold = budget.threshold_at(router, threshold)
     return threshold
 
 
-def _threshold_for(found: tuple[Router, ...], density: float) -> float:
-    """The candidate score with density closest to, but not above, the wish."""
-    neurons = sum(r.site.hidden for r in found)
+@dataclass(frozen=True)
+class _Budget:
+    """Densities of calibrated routers under one threshold, each kept between a floor and a ceiling."""
 
-    def density_at(tau: float) -> float:
-        above = ((1 - bisect_right(r.score_quantiles, tau) / NUM_QUANTILES) * r.site.hidden for r in found)
-        return sum(above) / neurons
+    routers: tuple[Router, ...]
+    floor: float
+    ceiling: float
 
-    candidates = sorted({score for r in found for score in r.score_quantiles})
-    low, high = 0, len(candidates) - 1
-    while low < high:  # density_at falls with tau
-        middle = (low + high) // 2
-        low, high = (low, middle) if density_at(candidates[middle]) <= density else (middle + 1, high)
-    return 0.0 if density == 1.0 else candidates[low]
+    def threshold_for(self, density: float) -> float:
+        """The candidate score with density closest to, but not above, the wish."""
+        candidates = sorted({score for r in self.routers for score in r.score_quantiles})
+        low, high = 0, len(candidates) - 1
+        while low < high:  # density_at falls with tau
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.density_at(candidates[middle]) <= density else (middle + 1, high)
+        return 0.0 if density == 1.0 else candidates[low]
+
+    def density_at(self, tau: float) -> float:
+        active = sum(self._share(r, tau) * r.site.hidden for r in self.routers)
+        return active / sum(r.site.hidden for r in self.routers)
+
+    def threshold_at(self, router: Router, tau: float) -> float:
+        """tau, or the router's own where tau leaves its bounds."""
+        share = self._share(router, tau)
+        if share == _share_above(router, tau):
+            return tau
+        return router.score_quantiles[min(round((1 - share) * NUM_QUANTILES), NUM_QUANTILES) - 1] if share < 1 else 0.0
+
+    def _share(self, router: Router, tau: float) -> float:
+        return min(max(_share_above(router, tau), self.floor), self.ceiling)
+
+
+def _share_above(router: Router, tau: float) -> float:
+    return 1 - bisect_right(router.score_quantiles, tau) / NUM_QUANTILES

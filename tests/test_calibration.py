@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte_compile.calibration import (
     calibrate,
@@ -98,6 +98,30 @@ def test_set_density_moves_the_measured_density_there(density: float) -> None:
     assert {router.threshold for router in routers(model)} == {threshold}
 
 
+@pytest.mark.parametrize("floor, ceiling", [(0.2, 1.0), (0.0, 0.45), (0.4, 0.4), (0.3, 0.5)])
+def test_sites_stay_within_their_bounds_under_one_budget(floor: float, ceiling: float) -> None:
+    model, data = _uneven(), batches("llama")
+    set_density(calibrate(model, data), 0.4)
+    free = evaluate_routers(model, data).densities().values()
+    assert min(free) < 0.2
+    assert max(free) > 0.5
+    calibrate(model, data)
+    set_density(model, 0.4, floor=floor, ceiling=ceiling)
+    trace = evaluate_routers(model, data)
+    assert trace.density() == pytest.approx(0.4, abs=CLOSE)
+    assert all(floor - CLOSE <= density <= ceiling + CLOSE for density in trace.densities().values())
+
+
+def _uneven() -> nn.Module:
+    """One layer's routers want nearly everything, the other's nearly nothing."""
+    model, _ = routed("llama")
+    with torch.no_grad():
+        for router, shift in zip(routers(model), (8.0, -8.0), strict=True):
+            assert router.bias is not None
+            router.bias.add_(shift)
+    return model
+
+
 def test_full_density_is_the_dense_model() -> None:
     model, inputs = routed("llama")
     set_density(calibrate(model, batches("llama")), 1.0)
@@ -178,6 +202,9 @@ def test_errors() -> None:
     for density in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
             set_density(calibrate(routed_stack(), data), density)
+    for floor, ceiling in ((0.6, 1.0), (0.0, 0.4), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="floor <= density <= ceiling must hold"):
+            set_density(calibrate(routed_stack(), data), 0.5, floor=floor, ceiling=ceiling)
 
 
 def test_calibrated_routers_say_what_density_to_expect() -> None:
