@@ -100,9 +100,8 @@ def _kmeans_plus_plus(problem: _Problem, groups: int, generator: torch.Generator
     chosen_K = torch.empty(groups, dtype=torch.long, device=squares_F.device)
     nearest_F = torch.full_like(squares_F, torch.inf)
     chance_F = torch.ones_like(squares_F)
-    for k in range(groups):
+    for k, race_F in enumerate(_races(groups, squares_F, generator)):
         # the largest of d / Exp(1) are draws in proportion to d, without a cumulative sum
-        race_F = torch.empty(points).exponential_(generator=generator).to(squares_F)
         drawn_C = (chance_F / race_F).topk(candidates).indices
         squared_distance_CF = squares_F + squares_F[drawn_C, None] - 2 * problem.rows(drawn_C)[:, :points]
         nearest_CF = torch.minimum(nearest_F, squared_distance_CF.clamp(min=0))
@@ -110,6 +109,13 @@ def _kmeans_plus_plus(problem: _Problem, groups: int, generator: torch.Generator
         chosen_K[k], nearest_F = drawn_C[best], nearest_CF[best]
         chance_F = nearest_F
     return chosen_K, nearest_F.sum()
+
+
+def _races(groups: int, like_F: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Exponential numbers for every point, `groups` times. Drawn on the CPU, so that all devices draw the same; a GPU
+    gets them at once, since a copy each would take half of the time."""
+    rounds = (torch.empty(len(like_F)).exponential_(generator=generator) for _ in range(groups))
+    return iter(torch.stack(list(rounds)).to(like_F)) if like_F.is_cuda else (race_F.to(like_F) for race_F in rounds)
 
 
 def _lloyd(problem: _Problem, members_KS: Tensor, generator: torch.Generator) -> Tensor:
@@ -160,14 +166,18 @@ def _improve_by_swaps(problem: _Problem, members_KS: Tensor, generator: torch.Ge
 def _swap_round(problem: _Problem, members_KS: Tensor, means_KM: Tensor, a_P: Tensor, b_P: Tensor) -> Tensor:
     """One swap in each pair of groups where one helps; updates members and means in place, returns the total gain."""
     gain_P, slot_i_P, slot_j_P = _best_swaps(problem, members_KS, means_KM, a_P, b_P)
-    helped = (gain_P > problem.noise).nonzero()[:, 0]
-    a_P, b_P, slot_i_P, slot_j_P = a_P[helped], b_P[helped], slot_i_P[helped], slot_j_P[helped]
+    helps_P = gain_P > problem.noise
+    if not helps_P.is_cuda:  # which pairs swap is not asked of a GPU: the answer takes longer than idle swaps
+        helped = helps_P.nonzero()[:, 0]
+        a_P, b_P, slot_i_P, slot_j_P = a_P[helped], b_P[helped], slot_i_P[helped], slot_j_P[helped]
+        gain_P, helps_P = gain_P[helped], helps_P[helped]
     i_P, j_P = members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P]
-    members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P] = j_P, i_P
-    change_PM = problem.rows(j_P) - problem.rows(i_P)
+    new_a_P, new_b_P = torch.where(helps_P, j_P, i_P), torch.where(helps_P, i_P, j_P)
+    members_KS[a_P, slot_i_P], members_KS[b_P, slot_j_P] = new_a_P, new_b_P
+    change_PM = problem.rows(new_a_P) - problem.rows(i_P)
     means_KM.index_add_(0, a_P, change_PM * problem.weights_K[a_P, None])
     means_KM.index_add_(0, b_P, change_PM * problem.weights_K[b_P, None], alpha=-1)
-    return gain_P[helped].sum()
+    return torch.where(helps_P, gain_P, 0).sum()
 
 
 def _best_swaps(
