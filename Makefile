@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit setup clean
+.PHONY: demo test lint types unit coverage setup clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ types: setup
 
 # Two workers with one thread each: faster on two cores than one worker with two.
 unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Measuring slows the tests down by a third or more, so it is a command of its own.
+coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 clean:
