@@ -50,9 +50,9 @@ class Router(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.stage = Stage.DENSE
         self.rule = _STAGE_RULES[Stage.DENSE]
+        self._score_quantiles: tuple[float, ...] = ()
         self.threshold = config.threshold
         self.sink: ScoreSink | None = None
-        self.score_quantiles: tuple[float, ...] = ()  # measured by lte_compile.calibrate
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Gates of shape [T, E] for inputs [T, D] (any leading dimensions)."""
@@ -69,9 +69,32 @@ class Router(nn.Module):
     @property
     def expected_density(self) -> float | None:
         """Share of experts above the threshold where `lte_compile.calibrate` measured scores, in whole percent."""
-        if self.rule != "threshold" or not self.score_quantiles:
-            return None
-        return round(1 - bisect_right(self.score_quantiles, self.threshold) / len(self.score_quantiles), 2)
+        return self._share_above if self.rule == "threshold" else None
+
+    @property
+    def threshold(self) -> float:
+        """tau in the rule; `lte_compile.set_density` moves it."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, tau: float) -> None:
+        self._threshold = tau
+        self._expect()
+
+    @property
+    def score_quantiles(self) -> tuple[float, ...]:
+        """Of the scores that `lte_compile.calibrate` measured, evenly spaced and rising; empty before."""
+        return self._score_quantiles
+
+    @score_quantiles.setter
+    def score_quantiles(self, quantiles: tuple[float, ...]) -> None:
+        self._score_quantiles = quantiles
+        self._expect()
+
+    def _expect(self) -> None:
+        """Here rather than in `forward`, which would search the quantiles in every call and have Dynamo guard each."""
+        found = self._score_quantiles
+        self._share_above = round(1 - bisect_right(found, self._threshold) / len(found), 2) if found else None
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What the rule selects by, [T, E]. Routers of other kinds (lte_compile.baselines) have scores of their own."""
