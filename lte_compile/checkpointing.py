@@ -1,7 +1,8 @@
 """Training checkpoints that resume exactly: weights, optimizer, controller, random state and data position.
 
 A checkpoint is a directory `step-00000120` of safetensors and JSON (never pickle), written under a temporary name and
-then renamed: one that exists is whole.
+then renamed: one that exists is whole. Several processes write the one that a single one would, and any number of them
+can go on from it.
 """
 
 from __future__ import annotations
@@ -19,23 +20,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lte_compile.distributed import ALONE, Processes
+
 _KEEP = 2  # the newest, and the one before it in case a disk fills up while the newest is written
 
 
 def save_checkpoint(
-    directory: Path, number: int, model: nn.Module, optimizer: Optimizer, progress: Mapping[str, Any]
+    directory: Path,
+    number: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Mapping[str, Any],
+    processes: Processes = ALONE,
 ) -> Path:
     """Write `directory/step-<number>`. `progress` is JSON-able: where training, data and controller stand.
+
+    All processes have to call it; the first one writes.
 
     Raises:
         OSError: the directory cannot be written; an older checkpoint stays as it was.
     """
     target = directory / f"step-{number:08d}"
+    packed, scalars = _pack_optimizer(optimizer)
+    weights, tensors = processes.gathered(_owned_state(model)), processes.gathered(packed)
+    if not processes.is_first:
+        return target
     partial = directory / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, scalars = _pack_optimizer(optimizer)
-    save_file(_contiguous(_owned_state(model)), partial / "model.safetensors")
+    save_file(_contiguous(weights), partial / "model.safetensors")
     save_file(_contiguous(tensors), partial / "optimizer.safetensors")
     save_file(_random_state(), partial / "random.safetensors")
     record = {**progress, "optimizer": scalars, "python_random": _python_random()}
@@ -74,14 +87,16 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def restore_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: Optimizer, processes: Processes = ALONE) -> None:
     """Load moments and step counts into an optimizer built over the same parameters in the same order."""
     scalars = read_progress(checkpoint)["optimizer"]
     tensors = _read(checkpoint / "optimizer.safetensors")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *scalars["state"].items()]:
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        kept = processes.placed(value, parameters[int(index)]) if isinstance(value, Tensor) else value
+        state.setdefault(int(index), {})[name] = kept
     optimizer.load_state_dict({"state": state, "param_groups": scalars["groups"]})
 
 
@@ -90,7 +105,9 @@ def restore_random(checkpoint: Path) -> None:
     states = _read(checkpoint / "random.safetensors")
     torch.set_rng_state(states.pop("cpu"))
     for name, state in states.items():
-        torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
+        index = int(name.removeprefix("cuda."))
+        if index < torch.cuda.device_count():  # the checkpoint may be of a machine with more GPUs
+            torch.cuda.set_rng_state(state, index)
     version, internal, gauss = read_progress(checkpoint)["python_random"]
     random.setstate((version, tuple(internal), gauss))
 

@@ -34,48 +34,61 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """A slice of a batch, and its share of the batch's labels and tokens: weights that add up to 1."""
+    """A slice of a batch, and its share of the batch's labels, tokens and rows: weights that add up to 1."""
 
     inputs: dict[str, Tensor]
     label_share: float
     token_share: float
+    row_share: float
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
-    """Cut a batch along its first axis; the weighted losses of the slices sum to the batch's."""
-    size = next(iter(batch.values())).shape[0]
-    slices = [{k: v[s] for k, v in batch.items()} for s in torch.arange(size).tensor_split(min(count, size))]
-    labels, tokens = _num_labels(batch), _num_tokens(batch)
-    for inputs in slices:
+def micro_batches(batch: Batch, count: int, *, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
+    """Cut a batch along its first axis; the weighted losses of all processes' slices sum to the batch's.
+
+    Yields the slices of process `rank`. All processes get as many slices; one that has no rows left for a slice gets
+    a row of the batch that weighs nothing.
+    """
+    shares = torch.arange(_num_rows(batch)).tensor_split(processes)
+    labels, tokens, rows = max(_num_labels(batch), 1), max(_num_tokens(batch), 1), _num_rows(batch)
+    for piece in shares[rank].tensor_split(min(count, len(shares[0]))):
+        if not len(piece):
+            idle = {name: value[:1] for name, value in batch.items()}
+            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0)
+            continue
+        inputs = {name: value[piece] for name, value in batch.items()}
         yield MicroBatch(
-            inputs=inputs, label_share=_num_labels(inputs) / labels, token_share=_num_tokens(inputs) / tokens
+            inputs=inputs,
+            label_share=_num_labels(inputs) / labels,
+            token_share=_num_tokens(inputs) / tokens,
+            row_share=len(piece) / rows,
         )
+
+
+def _num_rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
 
 
 def _num_labels(batch: Batch) -> int:
     """How many labels a transformers model averages its loss over."""
     labels = batch.get("labels")
     if labels is None:
-        return next(iter(batch.values())).shape[0]
+        return _num_rows(batch)
     shifted = labels[:, 1:] if labels.dim() == 2 and "decoder_input_ids" not in batch else labels
-    return max(int((shifted != -100).sum()), 1)
+    return int((shifted != -100).sum())
 
 
 def _num_tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else next(iter(batch.values())).shape[0]
+    return int(mask.sum()) if mask is not None else _num_rows(batch)
 
 
 def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teacher: nn.Module | None) -> Tensor:
     """Loss of one micro-batch, weighted so that the parts of a batch sum to the batch's loss."""
     with trace_routers(model) if weights.needs_routers else nullcontext() as trace:
         out = model(**part.inputs)
-    task = out.loss
+    loss = _task_loss(out, part)
     if weights.distillation and teacher is not None:
-        task = (1 - weights.distillation) * task + weights.distillation * _distillation(
-            out.logits, teacher, part.inputs
-        )
-    loss: Tensor = task * part.label_share
+        loss = (1 - weights.distillation) * loss + weights.distillation * _distillation(out.logits, teacher, part)
     if trace is None:
         return loss
     auxiliary = weights.efficiency * trace.efficiency_loss()
@@ -84,13 +97,21 @@ def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teac
     return loss + auxiliary * part.token_share
 
 
-def _distillation(logits: Tensor, teacher: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """KL(teacher || model) in nats, averaged over sequences, or over non-padding tokens for [B, T, C] logits."""
+def _task_loss(out: Any, part: MicroBatch) -> Tensor:
+    """The slice's share of the model's own loss. Without a label that would be 0 / 0; here it is 0, with a gradient."""
+    loss: Tensor = out.loss * part.label_share if part.label_share else 0.0 * out.logits.flatten()[0]
+    return loss
+
+
+def _distillation(logits: Tensor, teacher: nn.Module, part: MicroBatch) -> Tensor:
+    """The slice's share of KL(teacher || model) in nats, a mean over sequences, or over tokens for [B, T, C] logits."""
     with torch.no_grad():
-        target = teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-    kl = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="none")
+        target = teacher(**{k: v for k, v in part.inputs.items() if k != "labels"}).logits
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    learned, taught = logits.to(precise).log_softmax(-1), target.to(precise).log_softmax(-1)
+    kl = F.kl_div(learned, taught, log_target=True, reduction="none")
     per_position = kl.sum(-1)
-    mask = inputs.get("attention_mask")
+    mask = part.inputs.get("attention_mask")
     if per_position.dim() == 2 and mask is not None and mask.shape == per_position.shape:
-        per_position = per_position[mask.bool()]
-    return per_position.mean()
+        return per_position[mask.bool()].mean() * part.token_share
+    return per_position.mean() * part.row_share

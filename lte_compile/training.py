@@ -4,7 +4,8 @@
     lte.transform(model, ...)
     train(model, batches, config, held_out=[...], teacher=teacher, directory=Path("runs/x"))
 
-`train` on a directory that holds a checkpoint goes on from it; the result equals that of an uninterrupted run.
+`train` on a directory that holds a checkpoint goes on from it; the result equals that of an uninterrupted run. Started
+by torchrun or accelerate launch, all processes call it with the same arguments and train one model together.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
@@ -29,8 +31,9 @@ from lte_compile.checkpointing import (
 )
 from lte_compile.config import Stage
 from lte_compile.controller import DensityController
+from lte_compile.distributed import Processes, Replica, join, require_plain
 from lte_compile.layouts import set_layout
-from lte_compile.losses import Batch, LossWeights, micro_batches, weighted_loss
+from lte_compile.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
 from lte_compile.modes import on_device
 from lte_compile.routing import require_routers, routers, set_stage
 from lte_compile.train_config import Phase, TrainConfig, lte_phases
@@ -80,6 +83,7 @@ class _Run:
     controller: DensityController
     events: list[StepEvent]
     on_step: OnStep
+    processes: Processes
 
 
 def train(
@@ -92,6 +96,7 @@ def train(
     directory: Path | None = None,
     phases: Sequence[Phase] | None = None,
     on_step: OnStep = lambda event: None,
+    shard: bool | None = None,
 ) -> tuple[StepEvent, ...]:
     """Train in place through `phases` (by default LTE's two stages); returns every step's event.
 
@@ -100,15 +105,18 @@ def train(
         held_out: batches the density is measured on, in eval mode; needed by phases that train routers.
         teacher: a dense model for `config.distillation`.
         directory: where checkpoints go; one that is there already is resumed.
+        on_step: called after every step, in the first process.
+        shard: with several processes, FSDP2 instead of DistributedDataParallel; None does as `accelerate launch` was
+            told. Every process passes whole batches and computes its share of each.
 
     Raises:
-        ValueError: held-out data or a teacher is missing, the model is not transformed, or a checkpoint is damaged or
-            of another model.
+        ValueError: held-out data or a teacher is missing, the model is not transformed, a checkpoint is damaged or
+            of another model, or processes were given different batches.
         FloatingPointError: the loss became NaN or infinite; the newest checkpoint is intact.
     """
     phases = tuple(lte_phases(config) if phases is None else phases)
     _check(model, config, phases, held_out, teacher)
-    controller = controller_of(config)
+    processes = join(next(model.parameters()).device, shard=shard)
     run = _Run(
         model=model,
         batches=batches,
@@ -116,19 +124,23 @@ def train(
         held_out=held_out,
         teacher=teacher.eval() if teacher else None,
         directory=directory,
-        controller=controller,
+        controller=controller_of(config),
         events=[],
-        on_step=on_step,
+        on_step=on_step if processes.is_first else lambda event: None,
+        processes=processes,
     )
     checkpoint = latest_checkpoint(directory) if directory else None
     first_phase, first_step = _resume(run, checkpoint) if checkpoint else (0, 0)
+    _start_together(run, checkpoint)
     if not checkpoint:
         torch.manual_seed(config.seed)
+        processes.reseed(config.seed, 0)
     for index in range(first_phase, len(phases)):
         resumed = checkpoint if index == first_phase else None
         _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
     if any(phase.trains_routers for phase in phases):
         calibrate(model, held_out)
+        processes.agree(model)
     if phases and phases[-1].stage is Stage.HARD:
         set_layout(model, "neuron_major")
     return tuple(run.events)
@@ -145,23 +157,43 @@ def _check(
         raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
 
 
+def _start_together(run: _Run, checkpoint: Path | None) -> None:
+    """Processes start from the first one's weights; a ValueError where their data or checkpoints differ."""
+    if run.processes.size == 1:
+        return
+    require_plain(run.model)
+    if not run.processes.are_equal(crc32(checkpoint.name.encode()) if checkpoint else 0):
+        raise ValueError(f"processes find different checkpoints in {run.directory}; it must be one that all share")
+    [batch] = peek_batches(run.batches, 1)
+    content = b"".join(value.cpu().flatten().view(torch.uint8).numpy().tobytes() for value in batch.values())
+    if not run.processes.are_equal(crc32(content)):
+        raise ValueError("processes were given different batches; give all the same, each takes its share of every one")
+    run.processes.agree(run.model)
+    if run.teacher is not None:
+        run.processes.agree(run.teacher)
+
+
 def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, checkpoint: Path | None) -> None:
-    phase = phases[index]
+    phase, processes = phases[index], run.processes
     _enter(run, phase, fresh=first_step == 0)
-    optimizer = build_optimizer(run.model, run.config)
-    if checkpoint and first_step:
-        restore_optimizer(checkpoint, optimizer)
-    if checkpoint:
-        restore_random(checkpoint)
     number = sum(earlier.steps for earlier in phases[:index])
-    for step in range(first_step, phase.steps):
-        _set_rates(optimizer, run.config, step, phase.steps)
-        loss = _step(run, phase, optimizer, step)
-        _report(run, phase, step, loss)
-        done = step + 1
-        every = run.config.checkpoint_every
-        if run.directory and every and ((number + done) % every == 0 or done == phase.steps):
-            save_checkpoint(run.directory, number + done, run.model, optimizer, _progress(run, index, done))
+    with processes.hosting(run.model) as replica:
+        optimizer = build_optimizer(replica.model, run.config)
+        if checkpoint and first_step:
+            restore_optimizer(checkpoint, optimizer, processes)
+        if checkpoint:
+            restore_random(checkpoint)
+            processes.reseed(run.config.seed, number + first_step)
+        for step in range(first_step, phase.steps):
+            _set_rates(optimizer, run.config, step, phase.steps)
+            loss = _step(run, phase, replica, optimizer, step)
+            _report(run, phase, replica.model, step, loss)
+            done = step + 1
+            every = run.config.checkpoint_every
+            if run.directory and every and ((number + done) % every == 0 or done == phase.steps):
+                progress = _progress(run, index, done)
+                save_checkpoint(run.directory, number + done, replica.model, optimizer, progress, processes)
+                processes.reseed(run.config.seed, number + done)
 
 
 def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
@@ -176,6 +208,8 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
     if fresh and phase.stage is Stage.HARD and steered:
         calibrate(model, run.held_out)
         set_density(model, config.target_density)
+    if fresh:
+        run.processes.agree(model)
     set_stage(model, phase.stage, selection=phase.selection)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -224,20 +258,24 @@ def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, steps: int)
         group["lr"] = group["peak"] * share
 
 
-def _step(run: _Run, phase: Phase, optimizer: Optimizer, step: int) -> float:
-    config = run.config
+def _step(run: _Run, phase: Phase, replica: Replica, optimizer: Optimizer, step: int) -> float:
+    config, processes = run.config, run.processes
     weights = _loss_weights(run, phase, step)
-    batch = on_device(run.model, run.batches.next_batch())
-    device = next(run.model.parameters()).device
-    total = torch.zeros((), device=device)
-    for part in micro_batches(batch, config.accumulation):
+    batch = on_device(replica.model, run.batches.next_batch())
+    device = next(replica.model.parameters()).device
+
+    def objective(model: nn.Module, part: MicroBatch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            loss = weighted_loss(run.model, part, weights, run.teacher)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+            return weighted_loss(model, part, weights, run.teacher)
+
+    total = torch.zeros((), device=device)
+    parts = list(micro_batches(batch, config.accumulation, rank=processes.rank, processes=processes.size))
+    for number, part in enumerate(parts, start=1):
+        total += replica.backward(part, objective, is_last=number == len(parts))
+    total = processes.total(total)
     if not torch.isfinite(total):
         raise FloatingPointError(f"the loss became {total.item()} in {phase.name}, step {step + 1}; lower the rates")
-    nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    nn.utils.clip_grad_norm_(replica.model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(total)
@@ -252,9 +290,9 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
     return LossWeights(efficiency=eta, separability=run.config.separability * ramp, distillation=distillation)
 
 
-def _report(run: _Run, phase: Phase, step: int, loss: float) -> None:
+def _report(run: _Run, phase: Phase, model: nn.Module, step: int, loss: float) -> None:
     if _measures(run, phase, step):
-        density = evaluate_routers(run.model, run.held_out).density()
+        density = _held_out_density(model, run.held_out, run.processes)
         run.controller.latest = density
         if phase.trains_routers:
             run.controller.measure(density)
@@ -268,6 +306,19 @@ def _report(run: _Run, phase: Phase, step: int, loss: float) -> None:
     )
     run.events.append(event)
     run.on_step(event)
+
+
+def _held_out_density(model: nn.Module, batches: Sequence[Batch], processes: Processes) -> float:
+    """Share of active neurons over all batches, each measured by one process."""
+    counted = torch.zeros(2, dtype=torch.int64)  # active neurons, and all
+    for first in range(0, len(batches), processes.size):
+        index = first + processes.rank
+        is_mine = index < len(batches)  # else the model is run with the others all the same: its shards are needed
+        trace = evaluate_routers(model, [batches[index if is_mine else 0]])
+        if is_mine:
+            counted += torch.tensor(list(trace.neuron_counts().values())).sum(0)
+    active, neurons = processes.total(counted).tolist()
+    return active / neurons if neurons else float("nan")
 
 
 def _measures(run: _Run, phase: Phase, step: int) -> bool:

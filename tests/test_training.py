@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lte_compile.routing import Router, routers, set_stage
 from lte_compile.train_config import Gates, Phase, TrainConfig
 from lte_compile.training import StepEvent, build_optimizer, train
 from lte_compile.transform import transform
+from tests.routed import routed
 from tests.zoo import build
 
 CLASSES, WIDTH, EXPERTS, SIZE = 4, 16, 8, 8
@@ -198,14 +199,17 @@ def _bert() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, batch
 
 
-def _gradients(model: nn.Module, batch: Mapping[str, Tensor], pieces: int) -> tuple[float, dict[str, Tensor]]:
+def _gradients(
+    model: nn.Module, batch: Mapping[str, Tensor], pieces: int, processes: int = 1, teacher: nn.Module | None = None
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    weights = LossWeights(efficiency=0.7, separability=0.3)
+    weights = LossWeights(efficiency=0.7, separability=0.3, distillation=0.5)
     total = 0.0
-    for part in micro_batches(batch, pieces):
-        loss = weighted_loss(model, part, weights, None)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    for rank in range(processes):
+        for part in micro_batches(batch, pieces, rank=rank, processes=processes):
+            loss = weighted_loss(model, part, weights, teacher)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -217,6 +221,38 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(pieces: int) -> Non
     assert cut[0] == pytest.approx(whole[0], rel=1e-12)
     for name, gradient in whole[1].items():
         torch.testing.assert_close(cut[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    """In float64; transformers' own casts to float32."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Rows of 12, 8 and 12 tokens, of which 11, 7 and none have a label."""
+    model: Any
+    model, inputs = routed("llama")
+    model.loss_function = _next_token_loss
+    batch = {k: torch.cat([v, v[:1]]) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
+    batch["labels"][2] = -100
+    return set_stage(model, "soft"), batch
+
+
+@pytest.mark.parametrize(("pieces", "processes"), [(3, 1), (1, 2), (2, 2), (1, 3), (2, 5)])
+@pytest.mark.parametrize("build_model", [_bert, _llama])
+def test_shares_of_processes_give_the_gradients_of_the_whole_batch(
+    build_model: Callable[[], tuple[nn.Module, dict[str, Tensor]]], pieces: int, processes: int
+) -> None:
+    """Uneven ones, ones without a label, and more processes than rows; with distillation."""
+    model, batch = build_model()
+    teacher = set_stage(copy.deepcopy(model), "dense")
+    whole, cut = (_gradients(model, batch, *how, teacher) for how in ((1, 1), (pieces, processes)))
+    assert cut[0] == pytest.approx(whole[0], rel=1e-12)
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(cut[1][name], gradient, rtol=1e-9, atol=1e-12)
+    counts = {len(list(micro_batches(batch, pieces, rank=r, processes=processes))) for r in range(processes)}
+    assert len(counts) == 1  # or processes would wait for each other forever
 
 
 def test_gradient_checkpointing_gives_the_same_losses_and_gradients() -> None:

@@ -95,6 +95,7 @@ def train(
     checkpoint_every: options.CheckpointEvery = 100,
     resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoints, if there are any.")] = True,
     device: options.Device = "auto",
+    shard: options.Shard = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -310,6 +311,10 @@ def bench(
 def build_ort(
     out: Annotated[Path | None, typer.Option(help="Folder of the library.", show_default="the user's cache")] = None,
     compiler: Annotated[str | None, typer.Option(help="C++17.", show_default="CXX, else the system's")] = None,
+    cuda: Annotated[
+        bool | None,
+        typer.Option("--cuda/--no-cuda", help="CUDA kernels.", show_default="where Triton is installed"),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Compile the library with which ONNX Runtime skips inactive experts."""
@@ -317,7 +322,7 @@ def build_ort(
     def work() -> Outcome:
         from lte_compile.cli.building import build_library
 
-        return build_library(out, compiler)
+        return build_library(out, compiler, cuda)
 
     _show(work, as_json)
 

@@ -23,6 +23,14 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUT already holds.")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, training and data order.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+Shard = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard/--no-shard",
+        help="With several processes, FSDP2 instead of DistributedDataParallel.",
+        show_default="as accelerate launch was told",
+    ),
+]
 
 CustomOps = Annotated[
     Path | None,

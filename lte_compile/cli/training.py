@@ -1,16 +1,22 @@
-"""lte-compile train: fine-tune, transform, train through LTE's two stages, measure, save; resumes when killed."""
+"""lte-compile train: fine-tune, transform, train through LTE's two stages, measure, save; resumes when killed.
+
+In several processes all run all of it; the first one shows progress and writes.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+import typer
+from rich.console import Console
 from torch import nn
 
 from lte_compile.checkpointing import latest_checkpoint
@@ -22,6 +28,8 @@ from lte_compile.cli.preparing import check_output, encode, find_model, find_tas
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.data.tasks import LabelledTask, Task
+from lte_compile.distributed import Processes, device_of_process, join
+from lte_compile.launch import ReportedOnce
 from lte_compile.loading import has_classifier
 from lte_compile.losses import Batch
 from lte_compile.persistence import save_pretrained
@@ -42,7 +50,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One run; `finetune_steps` None decides by whether the head is new."""
+    """One run; `finetune_steps` None decides by whether the head is new, `shard` None by what the launcher was told."""
 
     model: str
     out: Path
@@ -51,6 +59,7 @@ class TrainSettings:
     train: TrainConfig
     finetune_steps: int | None
     device: str
+    shard: bool | None
     resume: bool
     overwrite: bool
 
@@ -72,24 +81,51 @@ def train_model(settings: TrainSettings) -> Outcome:
     Raises:
         ValueError: bad input of any kind, found before training where it can be.
         FloatingPointError: the loss is not finite any more.
+        typer.Exit: this is not the first of several processes, so it has nothing to show.
     """
+    with ReportedOnce():
+        device = device_of_process(settings.device, pick_device)
+        processes = join(device, shard=settings.shard)
+        if processes.is_first:
+            return _train_model(settings, device, processes, TrainingProgress())
+        warnings.simplefilter("ignore")
+        _train_model(settings, device, processes, TrainingProgress(Console(quiet=True)))
+    raise typer.Exit
+
+
+def _train_model(
+    settings: TrainSettings, device: torch.device, processes: Processes, progress: TrainingProgress
+) -> Outcome:
     start = perf_counter()
-    device = pick_device(settings.device)
-    with TrainingProgress() as progress:
-        path = find_model(settings.model, progress)
+    with progress:
+        with processes.first_before_others():
+            path = find_model(settings.model, progress)
+            task = find_task(settings.task, progress)
         _check_output(settings, path)
-        task = find_task(settings.task, progress)
         torch.manual_seed(settings.train.seed)  # of a new head
         with progress.working("loading"):
             model, tokenizer = load_for(task, path)
         model.to(device)
         finetune_steps = finetune_steps_of(settings.finetune_steps, path, task)
         data = encode(task, tokenizer, settings.task)
-        _note_settings(settings)
+        _check_batch_size(data, processes)
+        processes.wait()  # until all have looked at OUT
+        if processes.is_first:
+            _note_settings(settings)
+        processes.wait()
         trained = _run(model, data, settings, finetune_steps, progress, start)
-        with progress.working("saving"):
-            save_pretrained(model.cpu(), settings.out, tokenizer)
+        if processes.is_first:
+            with progress.working("saving"):
+                save_pretrained(model.cpu(), settings.out, tokenizer)
     return training_outcome(trained, settings.model, settings.out, settings.train)
+
+
+def _check_batch_size(data: EncodedTask, processes: Processes) -> None:
+    if data.size.batch_size < processes.size:
+        raise ValueError(
+            f"batches of {data.size.batch_size} cannot be shared by {processes.size} processes; "
+            "give a larger --batch-size, or start fewer"
+        )
 
 
 def _run(
@@ -123,6 +159,7 @@ def _run(
         teacher=teacher,
         directory=settings.checkpoints / "lte",
         on_step=progress,
+        shard=settings.shard,
     )
     set_stage(model, Stage.HARD)
     if config.eta is None:  # stage 2 moves what the frozen routers see, and with it the density
@@ -151,7 +188,7 @@ def _finetune(
     batches = OnDevice(data.training_batches(settings.train.seed), next(model.parameters()).device)
     phases = [Phase(name="fine-tune", steps=steps)]
     directory = settings.checkpoints / "finetune"
-    train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress)
+    train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress, shard=settings.shard)
 
 
 def finetune_steps_of(asked: int | None, path: Path, task: Task) -> int:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lte_compile.layouts import set_layout
 from lte_compile.routing import set_stage
-from tests.integration import workers
+from tests.integration import training_workers, workers
 from tests.routed import routed
 
 # float32 sums over two halves of a batch instead of the whole, through five steps
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
+
+Runs = dict[str, list[dict[str, Any]]]  # what each process saw, by worker
+Alone = dict[str, dict[str, Any]]  # what one process sees, by case
 
 
 def model_to_train() -> nn.Module:
@@ -28,8 +34,20 @@ def expected() -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return workers.run(tmp_path_factory.mktemp("processes"), model_to_train())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where workers write, each into a folder of its name."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Alone:
+    """`lte_compile.train` in this process."""
+    return training_workers.in_one_process(folder / "train", model_to_train())
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, alone: Alone) -> Runs:
+    return workers.run(folder, model_to_train())
 
 
 def assert_means(runs: list[dict[str, Any]], expected: list[float]) -> None:
@@ -38,7 +56,7 @@ def assert_means(runs: list[dict[str, Any]], expected: list[float]) -> None:
     assert expected[-1] < expected[0]
 
 
-def test_ddp(runs: dict[str, list[dict[str, Any]]], expected: list[float]) -> None:
+def test_ddp(runs: Runs, expected: list[float]) -> None:
     assert_means(runs["ddp"], expected)
     all_of_them = 2 * 2  # layers, weight and bias
     for run in runs["ddp"]:
@@ -46,12 +64,12 @@ def test_ddp(runs: dict[str, list[dict[str, Any]]], expected: list[float]) -> No
         assert run["frozen"]
 
 
-def test_fsdp2(runs: dict[str, list[dict[str, Any]]], expected: list[float]) -> None:
+def test_fsdp2(runs: Runs, expected: list[float]) -> None:
     assert_means(runs["fsdp2"], expected[: workers.SOFT_STEPS + 1])
     assert all(run["restored"] for run in runs["fsdp2"])
 
 
-def test_fsdp2_of_accelerate(runs: dict[str, list[dict[str, Any]]], expected: list[float]) -> None:
+def test_fsdp2_of_accelerate(runs: Runs, expected: list[float]) -> None:
     assert_means(runs["accelerate"], expected)
     for run in runs["accelerate"]:
         assert run["sharded"] == ["DTensor"]
@@ -64,7 +82,7 @@ def test_fsdp2_of_accelerate(runs: dict[str, list[dict[str, Any]]], expected: li
     torch.testing.assert_close(loss, torch.tensor(expected[workers.SOFT_STEPS]), **TOLERANCE)
 
 
-def test_lte_trainer_in_ddp(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_lte_trainer_in_ddp(runs: Runs) -> None:
     first, second = runs["lte_trainer"]
     assert first["parallel"] == 2
     assert first["stages"] == ["hard"]
@@ -84,3 +102,76 @@ def test_fsdp_wants_contiguous_weights_which_set_layout_gives() -> None:
     assert torch.equal(down, values)
     with pytest.raises(ValueError, match=r"layout must be neuron_major or contiguous; got 'rows'"):
         set_layout(model, "rows")
+
+
+# float64 sums over shares of a batch; AdamW's steps of 3e-3 show what gradients differ by, relative to their size
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-9}
+CURVE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}  # losses are reported in float32
+
+
+def assert_same_training(run: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert run["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(run["weights"][name], weight, **EXACT, msg=name)
+    for key, tolerance in (("thresholds", EXACT), ("curve", CURVE)):
+        given, wanted = (torch.tensor(seen[key], dtype=torch.float64) for seen in (run, expected))
+        torch.testing.assert_close(given, wanted, **tolerance)
+
+
+def assert_identical(run: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert all(torch.equal(run["weights"][name], weight) for name, weight in expected["weights"].items())
+    assert (run["thresholds"], run["curve"]) == (expected["thresholds"], expected["curve"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["classifier", "language model"])
+def test_training_equals_one_process(runs: Runs, alone: Alone, name: str, kind: str) -> None:
+    first, second = runs["train"]
+    assert_same_training(first[f"{name} {kind}"], alone[name])
+    assert_identical(second[f"{name} {kind}"], first[f"{name} {kind}"])
+
+
+def test_only_the_first_process_reports_steps(runs: Runs, alone: Alone) -> None:
+    first, second = (run["classifier ddp"] for run in runs["train"])
+    assert (first["steps"], second["steps"]) == (alone["classifier"]["steps"], 0)
+
+
+@pytest.mark.parametrize("name", ["language model fsdp2", "with dropout ddp"])
+def test_a_resumed_run_is_bit_identical(runs: Runs, name: str) -> None:
+    for run in runs["train"]:
+        assert len(run[f"{name} resumed"]["curve"]) == len(run[name]["curve"])
+        assert_identical(run[f"{name} resumed"], run[name])
+
+
+def test_processes_draw_different_random_numbers(runs: Runs, alone: Alone) -> None:
+    dropout, expected = runs["train"][0]["with dropout ddp"]["curve"], alone["with dropout"]["curve"]
+    assert dropout != expected
+
+
+def test_runs_go_on_in_another_number_of_processes(runs: Runs, alone: Alone, folder: Path) -> None:
+    expected = alone["language model"]
+    assert_same_training(runs["train"][0]["language model fsdp2 after one"], expected)
+    killed = folder / "train" / "language model fsdp2 killed for one"
+    resumed = training_workers.trained(training_workers.CASES["language model"], model_to_train(), killed)
+    assert_same_training(resumed, expected)
+
+
+def test_checkpoints_are_those_of_one_process(runs: Runs, folder: Path) -> None:
+    ours, theirs = (
+        max((folder / "train" / name).glob("step-*")) for name in ("language model fsdp2", "language model")
+    )
+    assert ours.name == theirs.name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        tensors, expected = load_file(ours / file), load_file(theirs / file)
+        assert tensors.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(tensors[key], tensor, **EXACT, msg=key)
+    assert (ours / "progress.json").is_file()
+    assert not list(ours.parent.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    "what, says", [("own batches", "were given different batches"), ("own directories", "find different checkpoints")]
+)
+def test_processes_that_do_not_belong_together_say_so(runs: Runs, what: str, says: str) -> None:
+    assert all(says in run[what] for run in runs["train"])

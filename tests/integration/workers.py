@@ -24,6 +24,7 @@ from torch.optim import SGD
 
 from lte_compile.routing import routers, set_stage
 from lte_compile.tracing import trace_routers
+from tests.integration.training_workers import in_processes
 
 WORLD = 2
 SOFT_STEPS, HARD_STEPS = 3, 2
@@ -228,5 +229,6 @@ WORKERS: dict[str, Callable[[int, Path, nn.Module], dict[str, Any]]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "lte_trainer": lte_trainer,
+    "train": in_processes,
     "accelerate": fsdp2_of_accelerate,  # last: accelerate's state is the process's
 }
