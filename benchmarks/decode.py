@@ -1,10 +1,11 @@
-"""One-token decode of a sparse FFN on a GPU, against dense layers and the memory's limit.
+"""One-token decode of a sparse FFN on a GPU, against dense layers, published peers and the memory's limit.
 
-    python -m benchmarks.decode [--output benchmarks/results/decode.json] [--quick]
+    python -m benchmarks.decode [--output benchmarks/results/decode.json] [--workloads LLaMA-2-7B]
 
-Every timing replays one CUDA graph over several distinct layers in rotation, so that weights come from memory and not
-from L2. Inputs are drawn anew before every replay; each layer's router bias is set on the first draw and the table says
-the density really met. The floor is the bytes that must be read over the copy bandwidth measured in the same run.
+CUDA graphs over distinct layers in rotation, so that weights come from memory and not from L2; new inputs before every
+replay; all ways of one row take turns (benchmarks.replays). Each layer's router bias is set for the density, and the
+table says the one really met. The floor is the bytes that must be read (active experts and router) over the copy
+bandwidth measured in the same run. A plot is drawn beside the output.
 """
 
 from __future__ import annotations
@@ -12,28 +13,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import decode_peers
+from benchmarks.replays import Captured, Run, Timing, capture, race
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.layout import neuron_major
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
-from lte_compile.kernels.triton_decode import DecodeConfig, default_config, sparse_ffn_decode
+from lte_compile.kernels.triton_decode import is_large, sparse_ffn_decode, sparse_ffn_two_launches
 
 EXPERT_SIZE = 32  # the paper's
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+# Time over floor that the large layers are to reach.
+GOALS = {0.5: 1.10, 0.3: 1.17, 0.2: 1.30, 0.1: 1.55}
 L2_BYTES = 64 * 2**20  # more than any current GPU's L2: the layers in rotation must exceed it together
-MIN_LAYERS = 8
+MIN_LAYERS = 24  # as a decoder has; a graph of few layers would count much of its own start
 DTYPE = torch.bfloat16
 
 
@@ -61,22 +68,32 @@ class Workload:
 
 WORKLOADS = (
     Workload("LLaMA-2-7B", 4096, 11008, "silu", True, False),
+    Workload("Llama-3-8B", 4096, 14336, "silu", True, False),
     Workload("SmolLM2-135M", 576, 1536, "silu", True, False),
     Workload("GPT-2", 768, 3072, "gelu_tanh", False, True),
 )
 
 
 @dataclass
-class Measurement:
+class Row:
     workload: str
+    target: float  # density aimed at
     density: float  # measured
-    default_us: float
-    best_us: float
-    best_config: dict[str, int]
     floor_us: float
-    share_of_floor: float  # floor over the default's time
-    speedup: float  # of the default over the faster dense
-    error: float  # relative to float64
+    times: dict[str, Timing]
+    errors: dict[str, float] = field(default_factory=dict)  # relative to float64
+
+    @property
+    def over_floor(self) -> float:
+        return self.times[SPARSE].us / self.floor_us
+
+    @property
+    def speedup(self) -> float:
+        return min(self.times[name].us for name in DENSE) / self.times[SPARSE].us
+
+
+DENSE = ("F.linear", "torch.compile")
+SPARSE = "sparse"
 
 
 def make_layer(work: Workload) -> SparseFfnCall:
@@ -113,32 +130,7 @@ def measured_density(layers: list[SparseFfnCall]) -> float:
     return float(torch.stack([active_experts(layer).float().mean() for layer in layers]).mean())
 
 
-def time_graph(
-    run: Callable[[SparseFfnCall], Tensor],
-    layers: list[SparseFfnCall],
-    repeats: int,
-    redraw: Callable[[list[SparseFfnCall]], None] = redraw,
-) -> float:
-    """Median microseconds a layer; `redraw` gives the layers new inputs before every replay."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for layer in layers[:2]:
-            run(layer)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            run(layer)
-    times = []
-    for _ in range(repeats):
-        redraw(layers)
-        times.append(elapsed_seconds(graph.replay))
-    return median(times) * 1e6 / len(layers)
-
-
-def elapsed_seconds(work: Callable[[], object]) -> float:
+def elapsed_seconds(work: Any) -> float:
     """Time of `work` on the device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
@@ -160,10 +152,10 @@ def row_major_down(layer: SparseFfnCall) -> SparseFfnCall:
     return layer._replace(weights=layer.weights._replace(down_DF=layer.weights.down_DF.contiguous()))
 
 
-def dense_baselines(layers: list[SparseFfnCall], repeats: int) -> dict[str, float]:
+def dense_baselines(layers: list[SparseFfnCall]) -> dict[str, Captured]:
     plain = [row_major_down(layer) for layer in layers]
     compiled = torch.compile(dense, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return {"F.linear": time_graph(dense, plain, repeats), "torch.compile": time_graph(compiled, plain, repeats)}
+    return {"F.linear": capture(dense, plain), "torch.compile": capture(compiled, plain)}
 
 
 def copy_bandwidth() -> float:
@@ -174,141 +166,165 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median(times[5:])
 
 
-def candidates(work: Workload, quick: bool) -> Iterator[DecodeConfig]:
-    """The default, then variations of each launch with the other left as it is."""
-    base = default_config(work.width, EXPERT_SIZE)
-    yield base
-    if quick:
-        return
-    whole = min(4096, 1 << (work.width - 1).bit_length())
-    for rows, block, warps, stages in (
-        (2, base.up_block, 4, 1),
-        (8, base.up_block, 8, 1),
-        (4, min(512, whole), 4, 1),
-        (4, base.up_block, 4, 3),
-        (2, min(2048, whole), 4, 1),
-        (1, whole, 4, 1),
-        (8, min(512, whole), 4, 2),
-    ):
-        yield replace(base, up_rows=rows, up_block=block, up_warps=warps, up_stages=stages)
-    for rows, block, splits, warps, stages in (
-        (16, 256, 32, 2, 1),
-        (8, 256, 64, 2, 1),
-        (8, 512, 64, 4, 1),
-        (16, 128, 32, 2, 2),
-        (32, 128, 16, 4, 1),
-        (8, 256, 32, 1, 3),
-        (4, 512, 128, 2, 1),
-    ):
-        block = min(block, whole)
-        yield replace(base, down_rows=rows, down_block=block, down_splits=splits, down_warps=warps, down_stages=stages)
+def clocks() -> str:
+    """What nvidia-smi says of the device's clocks and power right now, or why it says nothing."""
+    if shutil.which("nvidia-smi") is None:
+        return "nvidia-smi is not installed"
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,driver_version"
+    index = str(torch.cuda.get_device_properties(0).uuid)
+    command = ["nvidia-smi", f"--id=GPU-{index}", f"--query-gpu={fields}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{fields}: {done.stdout.strip() or done.stderr.strip()}"
 
 
-def combine(base: DecodeConfig, timings: list[tuple[float, DecodeConfig]]) -> DecodeConfig:
-    """The best first launch with the best second one: they do not interact."""
-    ups = [item for item in timings if replace(item[1], **_part(base, "down")) == item[1]]
-    downs = [item for item in timings if replace(item[1], **_part(base, "up")) == item[1]]
-    best_up, best_down = (min(side, key=lambda item: item[0])[1] for side in (ups, downs))
-    return replace(best_up, **_part(best_down, "down"))
+def device_facts() -> dict[str, Any]:
+    bandwidth = copy_bandwidth()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "clocks": clocks(),  # right after a copy
+        "copy_GB_per_s": bandwidth / 1e9,
+    }
 
 
-def _part(config: DecodeConfig, prefix: str) -> dict[str, int]:
-    return {name: value for name, value in asdict(config).items() if name.startswith(prefix)}
-
-
-def error_against_float64(run: Callable[[SparseFfnCall], Tensor], layer: SparseFfnCall) -> float:
-    wide = FfnWeights._make(None if t is None else t.double() for t in layer.weights)
-    bias = None if layer.router_bias_E is None else layer.router_bias_E.double()
-    exact = layer._replace(x_D=layer.x_D.double(), router_ED=layer.router_ED.double(), router_bias_E=bias, weights=wide)
-    expected = sparse_ffn_reference(exact)
+def error_against_float64(run: Run, layer: SparseFfnCall, exact: Run | None = None) -> float:
+    expected = sparse_ffn_reference(in_float64(layer)) if exact is None else exact(layer)
     difference = run(layer).double() - expected
     return float(difference.norm() / expected.norm().clamp_min(1e-30))
 
 
-def measure(
-    work: Workload,
-    layers: list[SparseFfnCall],
-    density: float,
-    bandwidth: float,
-    dense_us: float,
-    repeats: int,
-    quick: bool,
-) -> Measurement:
+def in_float64(layer: SparseFfnCall) -> SparseFfnCall:
+    wide = FfnWeights._make(None if t is None else t.double() for t in layer.weights)
+    bias = None if layer.router_bias_E is None else layer.router_bias_E.double()
+    return layer._replace(x_D=layer.x_D.double(), router_ED=layer.router_ED.double(), router_bias_E=bias, weights=wide)
+
+
+@dataclass
+class Contest:
+    """The graphs of one workload; `peers` name a way to run a layer, its layers and what it computes in float64."""
+
+    work: Workload
+    layers: list[SparseFfnCall]
+    peers: dict[str, tuple[Run, list[SparseFfnCall], Run | None]]
+    graphs: dict[str, Captured]
+
+
+def prepare(work: Workload) -> Contest:
+    layers = [make_layer(work) for _ in range(work.layers)]
+    peers = peers_of(layers) if work.gated else {}
+    graphs = {SPARSE: capture(sparse_ffn_decode, layers), **dense_baselines(layers)}
+    if is_large(layers[0]):
+        graphs["two launches"] = capture(sparse_ffn_two_launches, layers)
+    graphs |= {name: capture(run, own) for name, (run, own, _) in peers.items()}
+    return Contest(work, layers, peers, graphs)
+
+
+def peers_of(layers: list[SparseFfnCall]) -> dict[str, tuple[Run, list[SparseFfnCall], Run | None]]:
+    columns = [decode_peers.column_major(layer) for layer in layers]
+    rows = [decode_peers.with_thresholds(layer) for layer in layers]
+    return {
+        "TEAL": (decode_peers.teal, columns, decode_peers.teal_exact),
+        "CATS": (decode_peers.cats, rows, decode_peers.cats_exact),
+        "Deja Vu": (decode_peers.deja_vu, rows, None),
+    }
+
+
+def measure(contest: Contest, density: float, bandwidth: float, repeats: int) -> Row:
+    work, layers = contest.work, contest.layers
     set_density(layers, density)
-    redraw(layers)
-    share = measured_density(layers)
+    for name in ("TEAL", "CATS"):
+        if name in contest.peers:
+            decode_peers.set_thresholds(contest.peers[name][1], density)
+    met: list[float] = []
 
-    def timed(config: DecodeConfig) -> tuple[float, DecodeConfig]:
-        return time_graph(lambda layer: sparse_ffn_decode(layer, config), layers, repeats), config
+    def draw() -> None:
+        redraw(layers)
+        met.append(measured_density(layers))
 
-    timings = [timed(config) for config in candidates(work, quick)]
-    default_us, base = timings[0]
-    if not quick:
-        timings.append(timed(combine(base, timings)))
-    best_us, best = min(timings, key=lambda item: item[0])
-    floor_us = (share * work.ffn_bytes + work.router_bytes) / bandwidth * 1e6
-    return Measurement(
+    times = race(contest.graphs, len(layers), repeats, draw)
+    share = fmean(met)
+    runs = {SPARSE: (sparse_ffn_decode, layers, None), **contest.peers}
+    return Row(
         workload=work.name,
+        target=density,
         density=share,
-        default_us=default_us,
-        best_us=best_us,
-        best_config=asdict(best),
-        floor_us=floor_us,
-        share_of_floor=floor_us / default_us,
-        speedup=dense_us / default_us,
-        error=error_against_float64(sparse_ffn_decode, layers[0]),
+        floor_us=(share * work.ffn_bytes + work.router_bytes) / bandwidth * 1e6,
+        times=times,
+        errors={name: error_against_float64(run, own[0], exact) for name, (run, own, exact) in runs.items()},
     )
 
 
-def run(output: Path | None, quick: bool, repeats: int, console: Console) -> None:
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_GB_per_s": bandwidth / 1e9}
-    console.print(device)
-    report: dict[str, Any] = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "workloads": []}
-    for work in WORKLOADS:
-        layers = [make_layer(work) for _ in range(work.layers)]
-        baselines = dense_baselines(layers, repeats)
-        rows = [
-            measure(work, layers, density, bandwidth, min(baselines.values()), repeats, quick) for density in DENSITIES
-        ]
-        console.print(table(work, baselines, rows))
-        report["workloads"].append({**asdict(work), "dense_us": baselines, "sparse": [asdict(row) for row in rows]})
-        if output is not None:  # after each workload: a run that is cut off keeps what it measured
-            write(output, report)
-
-
-def table(work: Workload, baselines: dict[str, float], rows: list[Measurement]) -> Table:
-    dense_text = ", ".join(f"{name} {us:.1f} us" for name, us in baselines.items())
-    result = Table(title=f"{work.name} {work.width}x{work.neurons}, {work.layers} layers; dense: {dense_text}")
-    for heading in ("density", "default us", "best us", "floor us", "floor share", "speed-up", "error", "best tiles"):
-        result.add_column(heading, justify="right", no_wrap=heading != "best tiles")
+def table(work: Workload, rows: list[Row]) -> Table:
+    result = Table(title=f"{work.name} {work.width}x{work.neurons}, {work.layers} layers, microseconds a layer")
+    names = list(rows[0].times)
+    for heading in ("density", "floor", *names, "p20-p80", "over floor", "goal", "speed-up", "error"):
+        result.add_column(heading, justify="right")
     for row in rows:
-        values = (row.default_us, row.best_us, row.floor_us)
-        tiles = "/".join(str(value) for value in row.best_config.values())
-        numbers = [f"{row.density:.3f}", *(f"{value:.1f}" for value in values)]
-        result.add_row(*numbers, f"{row.share_of_floor:.0%}", f"{row.speedup:.2f}x", f"{row.error:.1e}", tiles)
+        sparse = row.times[SPARSE]
+        goal = GOALS.get(row.target) if work.width >= 4096 else None
+        cells = [f"{row.density:.3f}", f"{row.floor_us:.1f}", *(f"{row.times[name].us:.1f}" for name in names)]
+        cells += [f"{sparse.p20:.1f}-{sparse.p80:.1f}", f"{row.over_floor:.2f}", "" if goal is None else f"{goal:.2f}"]
+        result.add_row(*cells, f"{row.speedup:.2f}x", f"{row.errors[SPARSE]:.1e}")
     return result
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Microseconds a layer over density: one panel a workload."""
+    from matplotlib.figure import Figure
+
+    works = list(dict.fromkeys(row.workload for row in rows))
+    figure = Figure(figsize=(4.2 * len(works), 3.6), layout="constrained")
+    for axes, work in zip(figure.subplots(1, len(works), squeeze=False)[0], works, strict=True):
+        own = [row for row in rows if row.workload == work]
+        density = [row.density for row in own]
+        for name in own[0].times:
+            axes.plot(
+                density, [row.times[name].us for row in own], marker=".", lw=2 if name == SPARSE else 1, label=name
+            )
+        axes.plot(density, [row.floor_us for row in own], "k:", label="bytes at copy bandwidth")
+        axes.set(title=work, xlabel="share of active experts", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("microseconds a layer")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, path)
+    partial_path = path.with_name(path.name + ".part")
+    partial_path.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial_path, path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
-    parser.add_argument("--quick", action="store_true", help="default tiles only")
-    parser.add_argument("--repeats", type=int, default=15, help="graph replays a timing")
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON, and a plot beside it")
+    parser.add_argument("--repeats", type=int, default=25, help="graph replays a timing")
+    names = [work.name for work in WORKLOADS]
+    parser.add_argument("--workloads", nargs="+", default=names, choices=names)
     options = parser.parse_args()
-    console = Console(width=160)
+    console = Console(width=180)
     if not torch.cuda.is_available():
         console.print("benchmarks.decode needs an NVIDIA GPU that torch can see")
         return 1
-    run(options.output, options.quick, options.repeats, console)
+    torch.manual_seed(0)
+    device = device_facts()
+    console.print(device)
+    report: dict[str, Any] = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "workloads": []}
+    every_row: list[Row] = []
+    for work in (work for work in WORKLOADS if work.name in options.workloads):
+        contest = prepare(work)
+        rows = [measure(contest, density, device["copy_GB_per_s"] * 1e9, options.repeats) for density in DENSITIES]
+        del contest
+        torch.cuda.empty_cache()
+        console.print(table(work, rows))
+        every_row += rows
+        figures = [{**asdict(row), "over_floor": row.over_floor, "speedup": row.speedup} for row in rows]
+        report["workloads"].append({**asdict(work), "rows": figures})
+        if options.output is not None:  # after each workload: a run that is cut off keeps what it measured
+            write(options.output, report)
+            plot(every_row, options.output.with_suffix(".png"))
     return 0
 
 

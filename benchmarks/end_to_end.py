@@ -24,10 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lte_compile as lte
-from benchmarks.decode import copy_bandwidth, write
+from benchmarks.decode import device_facts, write
 from lte_compile.layouts import set_layout
 from lte_compile.tracing import site_names
 
@@ -67,6 +68,7 @@ class Measurement:
     density: float | None  # measured; None for the dense model
     latency: Latency
     saved: float  # share of the dense model's latency
+    kernels: dict[str, float]  # microseconds a token of the kernels that take longest together
     error: float | None = None  # of an FFN's output, see Decoder.ffn_error
 
 
@@ -122,6 +124,18 @@ class Decoder:
             expected = ffn(seen[ffn]).double()
             errors.append(float((run(seen[ffn]).double() - expected).norm() / expected.norm()))
         return max(errors)
+
+
+def kernel_times(decoder: Decoder, step: Step, tokens: int = 4, listed: int = 12) -> dict[str, float]:
+    """Where a token's time goes, by kernel name, launches of a name added up."""
+    decoder.prefill()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for position in range(PROMPT, PROMPT + tokens):
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            step(decoder.tokens_1T[:, position : position + 1].clone())
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda entry: -entry.self_device_time_total)
+    return {entry.key[:90]: round(entry.self_device_time_total / tokens, 1) for entry in found[:listed]}
 
 
 def build(name: str, device: str) -> LlamaForCausalLM:
@@ -189,8 +203,11 @@ def run(name: str, tokens: int, console: Console) -> dict[str, Any]:
         console.print(f"density {density}: ready after {perf_counter() - started:.0f} s")
         latency = decoder.latency(step)
         saved = 1 - latency.median / rows[0].latency.median
-        rows.append(Measurement(measured_density(decoder), latency, saved, decoder.ffn_error()))
+        kernels = kernel_times(decoder, step)
+        rows.append(Measurement(measured_density(decoder), latency, saved, kernels, decoder.ffn_error()))
     console.print(table(name, rows))
+    for row in rows:
+        console.print({"density": row.density, **row.kernels})
     parameters = sum(p.numel() for p in nn.Module.parameters(model))
     return {
         "model": name,
@@ -207,7 +224,8 @@ def dense_row(decoder: Decoder, console: Console) -> Measurement:
     step = compiled(decoder, "inductor")
     decoder.latency(step)
     console.print(f"dense: ready after {perf_counter() - started:.0f} s")
-    return Measurement(None, decoder.latency(step), 0.0)
+    latency = decoder.latency(step)
+    return Measurement(None, latency, 0.0, kernel_times(decoder, step))
 
 
 def table(name: str, rows: list[Measurement]) -> Table:
@@ -232,11 +250,7 @@ def main() -> int:
         console.print("benchmarks.end_to_end needs an NVIDIA GPU that torch can see")
         return 1
     torch.manual_seed(0)
-    device = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "copy_GB_per_s": copy_bandwidth() / 1e9,
-    }
+    device = device_facts()
     console.print(json.dumps(device))
     models = []
     for name in options.model:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.decode import write
+from benchmarks.decode import device_facts, write
 from lte_compile.config import Grouping
 from lte_compile.grouping import GroupingRequest, group_neurons
 
@@ -83,15 +83,14 @@ def main() -> int:
         console.print("benchmarks.grouping_gpu needs an NVIDIA GPU that torch can see")
         return 1
     group(normal_rows(torch.Generator("cuda").manual_seed(1)))  # libraries load
-    device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    timings = [measure("normal", options.layers), measure("planted", min(options.layers, 4))]
-    for timing in timings:
-        console.print(asdict(timing))
-    if options.output is not None:
-        write(
-            options.output,
-            {"device": device, "neurons": NEURONS, "width": WIDTH, "timings": list(map(asdict, timings))},
-        )
+    device = device_facts()
+    timings: list[Timing] = []
+    for rows, layers in (("planted", min(options.layers, 4)), ("normal", options.layers)):
+        timings.append(measure(rows, layers))
+        console.print(asdict(timings[-1]))
+        if options.output is not None:
+            report = {"device": device, "neurons": NEURONS, "width": WIDTH, "timings": list(map(asdict, timings))}
+            write(options.output, report)
     return 0
 
 

@@ -2,6 +2,7 @@
 """The three Triton kernels for a few tokens; lte_compile.kernels.triton_batch says how they work together.
 
 ACTIVATION is a name, or (IS_PROGRAM) the function generated from a region program, which loads its `constants` itself.
+DEPENDENT: launched before the launch before it has ended (programmatic dependent launch), for which it waits first.
 
 Shape suffixes: T tokens (padded to a power of two), D model width, K columns of one step of a sum over D, F neurons,
 E experts (of a block), N neurons of one program, B columns of one program, S parts of a sum over D.
@@ -11,6 +12,7 @@ tl.dot takes fp16 and bf16 operands as they are and never turns fp32 into tf32.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from lte_compile.kernels.decode_kernels import activate, list_active, nth_active
 
@@ -37,8 +39,11 @@ def score_parts(
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Part s of every score of a block of experts: the sum over D's columns [s SPAN, (s + 1) SPAN). parts [E, S, T]."""
+    if DEPENDENT:
+        gdc_wait()
     program, part = tl.program_id(0), tl.program_id(1)
     number = program * tl.num_programs(1) + part
     for counter in range(number, COUNTERS, tl.num_programs(0) * tl.num_programs(1)):  # for launch 3
@@ -89,8 +94,11 @@ def gate_up(
     NEURONS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Hidden values of some neurons of one expert for all tokens, zero where a token did not select the expert."""
+    if DEPENDENT:
+        gdc_wait()
     program = tl.program_id(0)
     parts: tl.constexpr = (EXPERT_SIZE + NEURONS - 1) // NEURONS
     expert = program // parts
@@ -166,8 +174,11 @@ def down(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """A block of columns of y for all tokens, over this split's share of the active experts' neurons."""
+    if DEPENDENT:
+        gdc_wait()
     block, split = tl.program_id(0), tl.program_id(1)
     token_T = tl.arange(0, TOKENS)
     column_B = block * BLOCK + tl.arange(0, BLOCK)

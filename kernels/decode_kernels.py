@@ -2,6 +2,7 @@
 """The two Triton kernels of one-token decode; lte_compile.kernels.triton_decode says how they work together.
 
 ACTIVATION is a name, or (IS_PROGRAM) the function generated from a region program, which loads its `constants` itself.
+DEPENDENT: launched before the launch before it has ended (programmatic dependent launch), for which it waits first.
 
 Shape suffixes: D model width, F neurons, E experts, R rows (neurons) of one program, B columns of one step.
 Interpretable (no grid barriers, no inline assembly; everything is upcast before it is added), Triton 3.6 and later.
@@ -9,6 +10,7 @@ Interpretable (no grid barriers, no inline assembly; everything is upcast before
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -16,7 +18,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     """The functions of lte_compile.kernels.activations, in fp32. One branch is compiled: ACTIVATION is a constant."""
     y = z
     if ACTIVATION == "relu":
-        y = tl.maximum(z, 0.0)
+        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh(v)) is sigmoid(2 v)
@@ -26,7 +28,8 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "quick_gelu":
         y = z * tl.sigmoid(1.702 * z)
     elif ACTIVATION == "relu_squared":
-        y = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y * y
     elif ACTIVATION == "sigmoid":
         y = tl.sigmoid(z)
     elif ACTIVATION == "tanh":
@@ -34,7 +37,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         y = tl.where(z > 0.0, z, 0.01 * z)
     elif ACTIVATION == "elu":
-        y = tl.where(z > 0.0, z, tl.exp(tl.minimum(z, 0.0)) - 1.0)
+        y = tl.where(z > 0.0, z, tl.exp(tl.minimum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0)
     elif ACTIVATION == "mish":  # tanh(softplus(z)) = (w - 1) / (w + 1), w = (1 + e^z)^2; it is 1 in fp32 from z = 20 on
         e = tl.exp(tl.minimum(z, 20.0))
         y = z * (e * (e + 2.0)) / (e * (e + 2.0) + 2.0)
@@ -68,7 +71,10 @@ def route_up(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    if DEPENDENT:
+        gdc_wait()
     program = tl.program_id(0)
     parts: tl.constexpr = (EXPERT_SIZE + ROWS - 1) // ROWS
     expert = program // parts
@@ -157,7 +163,10 @@ def down(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    if DEPENDENT:
+        gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
     column_B = block * BLOCK + tl.arange(0, BLOCK)

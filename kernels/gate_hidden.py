@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lte_compile.kernels.autocast import register_autocast
-from lte_compile.kernels.experts import check_experts, check_offsets, scale_by_gates, sum_per_expert
+from lte_compile.kernels.experts import check_experts, check_offsets, scale_by_gates
+from lte_compile.kernels.gated_hidden import GatedRegion, Wanted, gated_hidden, gated_hidden_gradients
 from lte_compile.kernels.layout import own
 
 
@@ -38,7 +39,8 @@ def gate_hidden(hidden: Tensor, gates: Tensor, expert_size: int, expert_offsets:
     if hidden.shape[:-1] != gates.shape[:-1]:
         raise ValueError(f"hidden {list(hidden.shape)} and gates {list(gates.shape)} need the same leading dimensions")
     check_offsets(expert_offsets, hidden.shape[-1])
-    return own(gate_hidden_reference(hidden, gates, expert_size, expert_offsets))
+    region = GatedRegion("identity", (), expert_size, expert_offsets)
+    return own(gated_hidden(hidden, None, gates, region).contiguous())
 
 
 @gate_hidden.register_fake
@@ -57,14 +59,9 @@ def gate_hidden_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of (hidden, gates), those that `wanted` marks. The gates' is summed over their neurons in fp32."""
-    want_hidden, want_gates = wanted
-    grads = []
-    if want_hidden:
-        grads.append(scale_by_gates(grad, gates, expert_size, expert_offsets).to(hidden.dtype).contiguous())
-    if want_gates:
-        products_F = grad.to(gates.dtype) * hidden
-        grads.append(sum_per_expert(products_F, gates.shape[-1], expert_size, expert_offsets).to(gates.dtype))
-    return grads
+    region = GatedRegion("identity", (), expert_size, expert_offsets)
+    found = gated_hidden_gradients(grad, hidden, None, gates, region, Wanted(False, *wanted), overwrite=False)
+    return [gradient.contiguous() for gradient in (found.up_F, found.gates_E) if gradient is not None]
 
 
 @gate_hidden_backward.register_fake

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lte_compile.kernels.grouped_tile import grouped_tile
 from lte_compile.kernels.layout import is_neuron_major
+from lte_compile.kernels.skipping_cost import Layer, dense_cost, expected_union, grouped_cost
 from lte_compile.kernels.sparse_ffn_cpu import sparse_ffn_cpu
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
 
@@ -26,6 +28,18 @@ MAX_CPU_TOKENS = 4
 MAX_LISTED_EXPERTS = 2048
 # All tokens' sums stay in a program's registers; beyond this a matrix product is no longer limited by reading weights.
 MAX_BATCH_TOKENS = 64
+# Up to this many tokens the kernel for a few is as fast as dense even if every expert is needed (docs/kernels.md).
+ALWAYS_BATCHED_TOKENS = 16
+# Share of experts from which dense with zeroed gates is faster: measured on an H200 at .9 for 16 tokens, .7 for 32 and
+# .8 for 64, on an H100 at .95, .9 and .9.
+MAX_UNION_OF_FEW, MAX_UNION = 0.9, 0.75
+# Of so large a layer the kernel for a few tokens takes at most as long as dense (LLaMA-2-7B's has 270 MB).
+LARGE_LAYER_BYTES = 200e6
+# What the device reads in the 5 us that the batch kernel's launches take longer (SmolLM2-135M, 8 tokens, H200).
+LEAST_SAVED_BYTES = 20e6
+MASKING = "dense with zeroed gates is faster"
+# A choice that rests on an estimate should win by more than the estimate may be wrong.
+LEAST_GAIN = 1.04
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -87,23 +101,72 @@ def _refuse_decode(request: Request) -> str | None:
 
 
 def _refuse_batch(request: Request) -> str | None:
-    if not 2 <= request.tokens <= MAX_BATCH_TOKENS:
-        return f"serves 2 to {MAX_BATCH_TOKENS} tokens; got {request.tokens}"
+    tokens, density = request.tokens, request.density
+    if not 2 <= tokens <= MAX_BATCH_TOKENS:
+        return f"serves 2 to {MAX_BATCH_TOKENS} tokens; got {tokens}"
     if request.interleaved:
         return "up and gate must be contiguous; they are every other row of one projection"
-    return _refuse_triton(request)
+    if reason := _refuse_triton(request):
+        return reason
+    few = tokens <= ALWAYS_BATCHED_TOKENS
+    if density is None and not few:
+        return f"{tokens} tokens of unknown density may need every expert: {MASKING}"
+    layer_bytes = (2 + request.gated) * request.width * request.neurons * request.dtype.itemsize
+    union = 0.0 if density is None else expected_union(tokens, density)
+    if density is not None and few and layer_bytes >= LARGE_LAYER_BYTES:
+        union = density  # nothing is lost if masks are independent, much is won if they agree
+    if union > (MAX_UNION_OF_FEW if few else MAX_UNION):
+        return f"{tokens} tokens at density {density:.2g} need {union:.0%} of the experts: {MASKING}"
+    if (1.0 - union) * layer_bytes < LEAST_SAVED_BYTES:
+        return f"skipping saves at most {(1.0 - union) * layer_bytes / 1e6:.0f} MB of reading: {MASKING}"
+    return None
+
+
+def _refuse_prefill(request: Request) -> str | None:
+    """Up and gate by lists of tokens: worth it where estimates say so; what is unknown is taken to be dense."""
+    tokens, density = request.tokens, request.density
+    if reason := _refuse_lists(request):
+        return reason
+    if tokens <= MAX_BATCH_TOKENS:
+        return f"serves more than {MAX_BATCH_TOKENS} tokens; got {tokens}"
+    if density is None:
+        return "the share of active experts is unknown; it pays only if that is small"
+    layer = Layer(
+        request.width, request.neurons, request.experts, request.expert_size, 1 + request.gated, request.dtype
+    )
+    tile = grouped_tile(density * tokens, request.expert_size, request.dtype)
+    gain = dense_cost(layer, tokens) / grouped_cost(layer, tokens, density, tile)
+    if gain < LEAST_GAIN:
+        return f"{tokens} tokens at density {density:.2g} would take {1 / gain:.2f} times as long as dense"
+    return None
 
 
 def _refuse_triton(request: Request) -> str | None:
+    """What the kernels that skip rows of the down-projection have in common."""
+    if reason := _refuse_lists(request):
+        return reason
+    if not request.down_is_neuron_major:
+        return "the down-projection must be neuron-major (layout.neuron_major)"
+    return None
+
+
+def _refuse_lists(request: Request) -> str | None:
+    """What the kernels that list experts have in common."""
+    if request.experts > MAX_LISTED_EXPERTS:
+        return f"{request.experts} experts; lists up to {MAX_LISTED_EXPERTS}"
+    return _refuse_everywhere(request)
+
+
+def _refuse_everywhere(request: Request) -> str | None:
+    """What all Triton kernels have in common."""
     checks = (
         (request.device != "cuda", f"needs a CUDA device; x is on {request.device}"),
         (not _has_triton(), "triton is not installed"),
+        (request.tokens == 0, "there are no tokens"),
         (request.dtype not in TRITON_DTYPES, f"serves float32, float16 and bfloat16; got {request.dtype}"),
         (request.unequal_experts, "serves experts of one size; expert_offsets were given"),
         (not request.contiguous, "router, projections, biases and constants must be contiguous"),
         (request.constants_elsewhere, "a constant of the hidden region is on another device than x"),
-        (not request.down_is_neuron_major, "the down-projection must be neuron-major (layout.neuron_major)"),
-        (request.experts > MAX_LISTED_EXPERTS, f"{request.experts} experts; lists up to {MAX_LISTED_EXPERTS}"),
     )
     return next((reason for applies, reason in checks if applies), None)
 
@@ -125,6 +188,18 @@ def _batch(call: SparseFfnCall) -> Tensor:
     return sparse_ffn_batch(call)
 
 
+def _prefill(call: SparseFfnCall) -> Tensor:
+    from lte_compile.kernels.triton_prefill import sparse_ffn_prefill
+
+    return sparse_ffn_prefill(call)
+
+
+def _masked_dense(call: SparseFfnCall) -> Tensor:
+    from lte_compile.kernels.masked_dense import sparse_ffn_masked_dense
+
+    return sparse_ffn_masked_dense(call)
+
+
 def _never_refuse(request: Request) -> None:
     return None
 
@@ -132,6 +207,8 @@ def _never_refuse(request: Request) -> None:
 LOWERINGS: tuple[Lowering, ...] = (
     Lowering(SPARSE_FFN, "triton-decode", _refuse_decode, _decode),
     Lowering(SPARSE_FFN, "triton-batch", _refuse_batch, _batch),
+    Lowering(SPARSE_FFN, "triton-prefill", _refuse_prefill, _prefill),
+    Lowering(SPARSE_FFN, "masked-dense", _refuse_everywhere, _masked_dense),
     Lowering(SPARSE_FFN, "cpu-runs", _refuse_cpu, sparse_ffn_cpu),
     Lowering(SPARSE_FFN, "reference", _never_refuse, sparse_ffn_reference),
 )

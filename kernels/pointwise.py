@@ -67,8 +67,8 @@ def _keep(grad: Tensor, condition: Any) -> Tensor:
 
 
 def _larger(grad: Tensor, mine: Value, other: Value) -> Tensor:
-    """The gradient of the larger operand; ties share it, as in torch."""
-    return grad * torch.where(operator.eq(mine, other), 0.5, torch.where(operator.gt(mine, other), 1.0, 0.0))
+    """The gradient of the larger operand; ties share it, and where one is NaN both have it, as in torch."""
+    return torch.where(operator.lt(mine, other), 0.0, torch.where(operator.eq(mine, other), grad * 0.5, grad))
 
 
 def _unary(apply: Callable[..., Any], triton: str, gradient: Gradient | None) -> PointwiseOp:
@@ -116,7 +116,7 @@ POINTWISE_OPS: Final[Mapping[str, PointwiseOp]] = {
         lambda g, y, a, b: _keep(g, a <= b),
         lambda g, y, a, b: _keep(g, a > b),
     ),
-    "relu": _unary(torch.relu, f"tl.maximum({{0}}, 0.0, {_NAN})", lambda g, y, a: _keep(g, a > 0)),
+    "relu": _unary(torch.relu, f"tl.maximum({{0}}, 0.0, {_NAN})", lambda g, y, a: torch.where(a <= 0, 0.0, g)),
     "neg": _unary(operator.neg, "-{0}", lambda g, y, a: -g),
     "abs": _unary(torch.abs, "tl.abs({0})", lambda g, y, a: g * torch.sign(a)),
     "sign": _unary(torch.sign, "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, 0.0))", None),

@@ -22,24 +22,37 @@ from lte_compile.kernels.program import Instruction, Operand, Program, find_op, 
 @lru_cache(maxsize=1024)
 def generated_kernel(text: str) -> Any:
     """`hidden(up, gate, constants, neuron, exists)` of a program, for blocks of neurons in fp32; one per text."""
-    source = triton_source(parse_program(text))
+    return compiled(triton_source(parse_program(text)), "hidden")
+
+
+def compiled(source: str, function: str) -> Any:
+    """A function of a source that was written from a checked program."""
     name = f"<lte region program {sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     namespace = {"triton": triton, "tl": tl, "__name__": __name__}
     namespace |= {helper: getattr(triton_math, helper) for helper in ("expm1", "log1p", "tanh")}
     exec(compile(source, name, "exec"), namespace)  # made from a checked program, see above
-    return namespace["hidden"]
+    return namespace[function]
 
 
 def triton_source(program: Program) -> str:
     """The function as text: loads of the constants, a line an instruction, the last one's value returned."""
-    lines = ["@triton.jit", "def hidden(up, gate, constants, neuron, exists):"]
+    head = ["@triton.jit", "def hidden(up, gate, constants, neuron, exists):"]
+    return "\n".join([*head, *loads(program), *statements(program), f"    return v{len(program.instructions) - 1}", ""])
+
+
+def loads(program: Program) -> list[str]:
+    """Lines that load the constants."""
+    lines = []
     for index, name in enumerate(program.constant_names):
         place = f"constants[{index}] + neuron, mask=exists, other=0.0" if name[0] == "n" else f"constants[{index}]"
         lines.append(f"    {name} = tl.load({place}).to(tl.float32)")
-    for index, instruction in enumerate(program.instructions):
-        lines.append(f"    v{index} = {_expression(instruction)}")
-    return "\n".join([*lines, f"    return v{len(program.instructions) - 1}", ""])
+    return lines
+
+
+def statements(program: Program) -> list[str]:
+    """A line an instruction."""
+    return [f"    v{i} = {_expression(instruction)}" for i, instruction in enumerate(program.instructions)]
 
 
 def _expression(instruction: Instruction) -> str:
@@ -47,9 +60,12 @@ def _expression(instruction: Instruction) -> str:
 
 
 def _operand(operand: Operand) -> str:
-    if isinstance(operand, str):
-        return operand
-    single = _single_precision(operand)
+    return operand if isinstance(operand, str) else number(operand)
+
+
+def number(value: float) -> str:
+    """A number as fp32, as text."""
+    single = _single_precision(value)
     return f"({single!r})" if abs(single) < float("inf") else f'float("{single}")'
 
 

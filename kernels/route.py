@@ -22,12 +22,37 @@ def score_dtype(x: Tensor) -> torch.dtype:
 
 def route_reference(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """Scores [..., E] in (0, 1) of x [..., D], computed and returned in fp32 (fp64 for fp64 x)."""
+    return torch.sigmoid(_wide_logits(x_D, weight_ED, bias_E))
+
+
+def _wide_logits(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     dtype = score_dtype(x_D)
     if not (x_D.dtype == weight_ED.dtype == dtype):  # one-token decode on a CPU feels a call that does nothing
         x_D, weight_ED = x_D.to(dtype), weight_ED.to(dtype)
     if bias_E is not None and bias_E.dtype != dtype:
         bias_E = bias_E.to(dtype)
-    return torch.sigmoid(F.linear(x_D, weight_ED, bias_E))
+    return F.linear(x_D, weight_ED, bias_E)
+
+
+def _logits(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """x W^T + b in the scores' dtype.
+
+    On a GPU, half-precision operands go to the tensor cores as they are: their products are exact in fp32, which they
+    are summed in, so nothing is rounded that the fp32 computation would keep. fp32 operands stay fp32.
+    """
+    if not _in_half(x_D, weight_ED):
+        return _wide_logits(x_D, weight_ED, bias_E)
+    x_TD = x_D.reshape(-1, x_D.shape[-1])
+    logits_TE = torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+    if bias_E is not None:
+        logits_TE += bias_E
+    return logits_TE.view(*x_D.shape[:-1], weight_ED.shape[0])
+
+
+def _in_half(x_D: Tensor, weight_ED: Tensor) -> bool:
+    """Whether the tensor cores serve. An fp32 weight (of bf16 x, say) is not rounded for them: its scores decide."""
+    is_half = x_D.dtype in (torch.float16, torch.bfloat16) and x_D.dtype == weight_ED.dtype
+    return is_half and x_D.device.type == "cuda" and x_D.numel() > 0
 
 
 def check_router(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> None:
@@ -46,7 +71,7 @@ def check_router(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> None:
 @torch.library.custom_op("lte::route", mutates_args=())
 def route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_router(x, weight, bias)
-    return route_reference(x, weight, bias)
+    return _logits(x, weight, bias).sigmoid_()
 
 
 @route.register_fake
@@ -61,16 +86,50 @@ def route_backward(
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias), those that `wanted` marks, in that order and in their dtypes."""
     want_x, want_weight, want_bias = wanted
-    grad_logits_E = grad * scores * (1 - scores)
-    logits_TE = grad_logits_E.reshape(-1, weight.shape[0])
-    grads = []
-    if want_x:
-        grads.append((grad_logits_E @ weight.to(grad_logits_E.dtype)).to(x.dtype))
-    if want_weight:
-        grads.append((logits_TE.t() @ x.reshape(-1, x.shape[-1]).to(logits_TE.dtype)).to(weight.dtype))
+    logits_TE = torch.ops.aten.sigmoid_backward(grad, scores).reshape(-1, weight.shape[0])  # one pass
+    products = _half_products if _in_half(x, weight) else _wide_products
+    grads = products(logits_TE, x, weight, want_x, want_weight)
     if want_bias and bias is not None:
         grads.append(logits_TE.sum(0).to(bias.dtype))
     return grads
+
+
+def _wide_products(logits_TE: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> list[Tensor]:
+    """Gradients of x and weight from those of the logits."""
+    grads = []
+    if want_x:
+        grads.append((logits_TE @ weight.to(logits_TE.dtype)).to(x.dtype).view(x.shape))
+    if want_weight:
+        grads.append((logits_TE.t() @ x.reshape(-1, x.shape[-1]).to(logits_TE.dtype)).to(weight.dtype))
+    return grads
+
+
+def _half_products(logits_TE: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> list[Tensor]:
+    """The same on tensor cores: the logits' gradients are rounded to half precision, as every other layer's are.
+
+    A logit's gradient is a mean over tokens and experts and would vanish in fp16: a power of two, found on the device,
+    brings the largest close to 1, and the fp32 sums back.
+    """
+    scale = _power_of_two(logits_TE) if x.dtype == torch.float16 else None
+    narrow_TE = (logits_TE if scale is None else logits_TE / scale).to(x.dtype)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        if scale is None:
+            return left @ right
+        return torch.mm(left, right, out_dtype=torch.float32).mul_(scale).to(x.dtype)
+
+    grads = []
+    if want_x:
+        grads.append(product(narrow_TE, weight).view(x.shape))
+    if want_weight:
+        grads.append(product(narrow_TE.t(), x.reshape(-1, x.shape[-1])))
+    return grads
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """Close to the largest magnitude among the values; a tensor of one element, so nothing waits for the device."""
+    largest = values.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.exp2(torch.log2(largest).floor())
 
 
 @route_backward.register_fake

@@ -141,6 +141,7 @@ def _(grad: Tensor, rule: str) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.rule, *_ = inputs
     if find_rule(ctx.rule).gradient is Gradient.NONE:
+        ctx.mark_non_differentiable(output)  # nothing downstream computes a gradient of the gates for nobody
         ctx.set_materialize_grads(False)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lte_compile.kernels.autocast import register_autocast
-from lte_compile.kernels.expert_ffn import WEIGHT_NAMES, as_many_as_given, wants_of_constants
+from lte_compile.kernels.expert_ffn import WEIGHT_NAMES
 from lte_compile.kernels.experts import check_experts, check_offsets
 from lte_compile.kernels.ffn import FfnWeights, check_ffn
 from lte_compile.kernels.layout import own
@@ -109,7 +109,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ops = torch.ops.lte
     gates = ops.select(ops.route(x, w_router, b_router), "threshold", ctx.tau)
     wants_x, _, _, *wants_weights = ctx.needs_input_grad[:_TENSORS]
-    wants_constants = wants_of_constants(ctx)
+    wants_constants = _wants_of_constants(ctx)
     wanted = [wants_x, False, *wants_weights, *wants_constants]
     x_cast = x.to(weights[0].dtype)
     rest = (ctx.activation, ctx.expert_size, offsets, list(constants), wanted)
@@ -117,7 +117,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = next(grads).to(x.dtype) if wants_x else None
     of_weights = [next(grads) if want else None for want in wants_weights]
     of_constants = [next(grads) if want else None for want in wants_constants]
-    return as_many_as_given(ctx, (grad_x, None, None, *of_weights, None, None, None, None, of_constants, None))
+    return _as_many_as_given(ctx, (grad_x, None, None, *of_weights, None, None, None, None, of_constants, None))
+
+
+def _as_many_as_given(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher drops trailing arguments that equal their defaults; no constants are None, not an empty list."""
+    wants = ctx.needs_input_grad
+    return tuple(grad if want is not False or grad != [] else None for grad, want in zip(grads, wants, strict=False))
+
+
+def _wants_of_constants(ctx: Any) -> list[bool]:
+    """Which of an op's constants want gradients: of all arguments, only they come as a list."""
+    return next((list(want) for want in ctx.needs_input_grad if isinstance(want, list | tuple)), [])
 
 
 sparse_ffn.register_autograd(_backward, setup_context=_setup_context)

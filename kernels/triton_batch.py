@@ -22,9 +22,17 @@ from torch import Tensor
 from lte_compile.kernels.batch_kernels import down, gate_up, score_parts
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
+from lte_compile.kernels.skipping_cost import expected_union
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+from lte_compile.kernels.triton_decode import is_large
+from lte_compile.kernels.triton_decode_list import sparse_ffn_decode_list
+from lte_compile.kernels.triton_launch import launch_options
 
 MIN_DOT = 16  # tl.dot's smallest side
+# Up to this share of active experts, longer steps are faster: fewer programs have work, and each must read faster.
+FEW_EXPERTS = 0.6
+# Of a large layer, so few tokens with so few experts are read faster without tensor cores.
+MAX_LISTED_TOKENS, LISTED_UNION = 2, 0.25
 
 
 @dataclass(frozen=True)
@@ -47,17 +55,18 @@ class BatchConfig:
     down_stages: int = 6
 
 
-def default_config(width: int, expert_size: int) -> BatchConfig:
-    """Tile sizes for a model width and an expert size."""
+def default_config(width: int, expert_size: int, union: float = 1.0) -> BatchConfig:
+    """Tile sizes for a model width, an expert size and the share of experts that any token is expected to select."""
 
     def fitting(size: int, largest: int) -> int:
         return max(MIN_DOT, min(largest, int(triton.next_power_of_2(size))))
 
-    base = BatchConfig()
+    base = BatchConfig() if union > FEW_EXPERTS else BatchConfig(up_block=256, up_stages=3)
     return BatchConfig(
         score_block=fitting(width, base.score_block),
         up_neurons=fitting(expert_size, base.up_neurons),
         up_block=fitting(width, base.up_block),
+        up_stages=base.up_stages,
         down_neurons=fitting(expert_size, base.down_neurons),
         down_block=fitting(width, base.down_block),
     )
@@ -65,8 +74,11 @@ def default_config(width: int, expert_size: int) -> BatchConfig:
 
 def sparse_ffn_batch(call: SparseFfnCall, config: BatchConfig | None = None) -> Tensor:
     """2 to 64 tokens. The down-projection is neuron-major, all else contiguous; only the last expert may be smaller."""
-    config = config or default_config(call.weights.up_FD.shape[1], call.expert_size)
     x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    union = 1.0 if call.density is None else expected_union(len(x_TD), call.density)
+    if config is None and len(x_TD) <= MAX_LISTED_TOKENS and union <= LISTED_UNION and is_large(call):
+        return sparse_ffn_decode_list(call)
+    config = config or default_config(call.weights.up_FD.shape[1], call.expert_size, union)
     experts, out_width = call.router_ED.shape[0], call.weights.down_DF.shape[0]
     flags = torch.empty(experts + triton.cdiv(out_width, config.down_block), dtype=torch.int32, device=x_TD.device)
     active_E, arrived = flags[:experts], flags[experts:]
@@ -102,7 +114,7 @@ def _score_parts(call: SparseFfnCall, x_TD: Tensor, arrived: Tensor, config: Bat
         BLOCK=config.score_block,
         UPCAST=x_TD.dtype != call.router_ED.dtype,
         STAGES=config.score_stages,
-        num_warps=config.score_warps,
+        **launch_options(x_TD.device, config.score_warps),
     )
     return parts_EST
 
@@ -135,7 +147,7 @@ def _gate_up(call: SparseFfnCall, x_TD: Tensor, parts_EST: Tensor, active_E: Ten
         NEURONS=config.up_neurons,
         BLOCK=config.up_block,
         STAGES=config.up_stages,
-        num_warps=config.up_warps,
+        **launch_options(x_TD.device, config.up_warps),
     )
     return hidden_TF
 
@@ -166,6 +178,6 @@ def _down(call: SparseFfnCall, hidden_TF: Tensor, active_E: Tensor, arrived: Ten
         BLOCK=config.down_block,
         SPLITS=splits,
         STAGES=config.down_stages,
-        num_warps=config.down_warps,
+        **launch_options(hidden_TF.device, config.down_warps),
     )
     return y_TD

@@ -1,5 +1,6 @@
-"""lte::sparse_ffn for one token on a GPU: two Triton launches that read the router and the active experts' weights.
+"""lte::sparse_ffn for one token on a GPU: Triton launches that read the router and the active experts' weights.
 
+Large layers take three launches (`triton_decode_list`); small ones, whose time is that of launches, these two.
 Launch 1 (`route_up`): each program recomputes its expert's score (a few KB, shared through L2 by the expert's
 programs), stops if the expert is inactive, and otherwise computes a few of its neurons.
 Launch 2 (`down`): each program lists the active experts by a prefix sum over the flags, adds its share of their rows
@@ -12,7 +13,7 @@ Shape suffixes: D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,6 +23,12 @@ from lte_compile.kernels.decode_kernels import down, route_up
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+from lte_compile.kernels.triton_decode_list import MAX_WIDTH, sparse_ffn_decode_list
+from lte_compile.kernels.triton_launch import launch_options
+
+# Bytes of the up-projection: below the first, launches of many one-warp programs are fastest; from the second on, three
+# launches are faster than two (SmolLM2-135M has 2 MB, TinyLlama 23, LLaMA-2-7B 90).
+SMALL_BYTES, LARGE_BYTES = 2**23, 2**25
 
 
 @dataclass(frozen=True)
@@ -39,25 +46,43 @@ class DecodeConfig:
     down_stages: int = 1
 
 
-def default_config(width: int, expert_size: int) -> DecodeConfig:
-    """Tile sizes for a model width and an expert size."""
-    pad = triton.next_power_of_2
-    base = DecodeConfig()
-    return DecodeConfig(
-        up_rows=min(base.up_rows, pad(expert_size)),
-        up_block=min(base.up_block, pad(width)),
-        down_rows=min(base.down_rows, pad(expert_size)),
-        down_block=min(base.down_block, pad(width)),
+# Programs of one warp, for layers of a few megabytes: as many as possible, each done at once.
+SMALL_LAYER = DecodeConfig(up_rows=1, up_warps=1, down_block=32, down_warps=1)
+
+
+def default_config(call: SparseFfnCall) -> DecodeConfig:
+    """Tile sizes for a layer."""
+    pad, (up_FD, gate_FD, *_) = triton.next_power_of_2, call.weights
+    base = DecodeConfig() if up_FD.nbytes >= SMALL_BYTES else SMALL_LAYER
+    up_rows = 2 * base.up_rows if gate_FD is None else base.up_rows
+    return replace(
+        base,
+        up_rows=min(up_rows, pad(call.expert_size)),
+        up_block=min(base.up_block, pad(up_FD.shape[1])),
+        down_rows=min(base.down_rows, pad(call.expert_size)),
+        down_block=min(base.down_block, pad(call.weights.down_DF.shape[0])),
     )
 
 
-def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
+def sparse_ffn_decode(call: SparseFfnCall) -> Tensor:
+    """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
+    only the last expert may be smaller."""
+    return sparse_ffn_decode_list(call) if is_large(call) else sparse_ffn_two_launches(call)
+
+
+def is_large(call: SparseFfnCall) -> bool:
+    """Whether the kernels over a list of experts can serve the layer, and are the faster ones."""
+    up_FD = call.weights.up_FD
+    return up_FD.nbytes >= LARGE_BYTES and up_FD.shape[1] <= MAX_WIDTH
+
+
+def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
     """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
     x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants, _ = call
     num_neurons, width = weights.up_FD.shape
     out_width, num_experts = weights.down_DF.shape[0], router_ED.shape[0]
-    config = config or default_config(width, expert_size)
+    config = config or default_config(call)
     blocks = triton.cdiv(out_width, config.down_block)
     hidden_F = torch.empty(num_neurons, dtype=torch.float32, device=x_D.device)
     partial = torch.empty(config.down_splits * out_width, dtype=torch.float32, device=x_D.device)
@@ -89,7 +114,7 @@ def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -
             ROWS=config.up_rows,
             BLOCK=config.up_block,
             STAGES=config.up_stages,
-            num_warps=config.up_warps,
+            **launch_options(x_D.device, config.up_warps),
         )
         down[(blocks, config.down_splits)](
             hidden_F,
@@ -108,6 +133,6 @@ def sparse_ffn_decode(call: SparseFfnCall, config: DecodeConfig | None = None) -
             BLOCK=config.down_block,
             SPLITS=config.down_splits,
             STAGES=config.down_stages,
-            num_warps=config.down_warps,
+            **launch_options(x_D.device, config.down_warps),
         )
     return y_D

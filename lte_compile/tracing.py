@@ -72,12 +72,13 @@ class RouterTrace:
 
     def efficiency_loss(self, site: str | None = None) -> Tensor:
         """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one."""
-        return _pooled_mean([record.scores_TE.square() for record in self._counted(site)])
+        counted = self._counted(site)
+        return _pooled_mean([record.scores_TE.square().sum() for record in counted], counted)
 
     def separability_loss(self, site: str | None = None, *, eps: float = SEPARABILITY_EPS) -> Tensor:
         """L_sep: mean of 1 / ((score - tau)^2 + eps), the paper's term (section 4.2) bounded by `eps`."""
         counted = self._counted(site)
-        return _pooled_mean([1.0 / ((r.scores_TE - r.threshold).square() + eps) for r in counted])
+        return _pooled_mean([torch.ops.lte.separability(r.scores_TE, r.threshold, eps) for r in counted], counted)
 
     @torch.no_grad()
     def neuron_counts(self, site: str | None = None) -> dict[str, tuple[int, int]]:
@@ -118,10 +119,10 @@ class RouterTrace:
         return [r._replace(scores_TE=drop_padding(r.scores_TE, mask)) for r, mask in zip(chosen, masks, strict=True)]
 
 
-def _pooled_mean(parts: Sequence[Tensor]) -> Tensor:
-    count = sum(part.numel() for part in parts)
-    total = torch.stack([part.sum() for part in parts]).sum()
-    return total / max(count, 1)
+def _pooled_mean(sums: Sequence[Tensor], records: Sequence[RouterRecord]) -> Tensor:
+    """Over all scores of the records, given each record's sum."""
+    count = sum(record.scores_TE.numel() for record in records)
+    return torch.stack(list(sums)).sum() / max(count, 1)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from lte_compile.kernels.program import is_program, parse_program
-from lte_compile.passes.anchors import arguments, lte_nodes, views_back
+from lte_compile.passes.anchors import arguments, computed_value, is_lte, lte_nodes, views_back
 from lte_compile.passes.building import LIMIT_REACHED, Builder
 from lte_compile.passes.dataflow import GraphView, drops_out, fake_value, shape_of
 from lte_compile.passes.ir import CapturedGraph, Fusion, Level, PassReport, Rejection
@@ -81,6 +81,7 @@ class _Plan:
     expert_offsets: fx.Node | None
     activation: str
     constants: tuple[fx.Node, ...]
+    density: float | None
 
 
 def _refusal(match: FfnMatch, reason: str) -> Rejection:
@@ -121,7 +122,14 @@ def _plan(view: GraphView, match: FfnMatch, anchor: fx.Node) -> _Plan | str:
         except ProgramError as error:
             return f"no kernel can be generated for its hidden region: {error}"
         activation, constants = str(found.program), found.constants
-    return _Plan(inputs, given["expert_size"], given["expert_offsets"], activation, constants)
+    density = _expected_density(given["gates"])
+    return _Plan(inputs, given["expert_size"], given["expert_offsets"], activation, constants, density)
+
+
+def _expected_density(gates: fx.Node) -> float | None:
+    """What the selection that made the gates says of them."""
+    select = computed_value(gates)
+    return arguments(select)["density"] if is_lte(select, "select") else None
 
 
 def _obstacle(view: GraphView, match: FfnMatch, anchor: fx.Node) -> str | None:
@@ -169,6 +177,7 @@ def _rewrite(graph: CapturedGraph, match: FfnMatch, plan: _Plan, became: dict[fx
         torch.ops.lte.expert_ffn.default,
         *(became.get(plan.inputs.x, plan.inputs.x), plan.inputs.gates, w_up, w_gate, w_down, b_up, b_gate, b_down),
         *(plan.activation, plan.expert_size, *optional),
+        **({} if plan.density is None else {"density": plan.density}),
     )
     result = shaped_like(builder, fused, replaced)
     became[replaced] = result = result if rest is None else builder.call(torch.ops.aten.add.Tensor, rest, result)

@@ -8,15 +8,17 @@ from lte_compile.cli.output import Outcome, facts_table
 from lte_compile.ort_library import build_ort_library
 
 
-def build_library(out: Path | None, compiler: str | None) -> Outcome:
+def build_library(out: Path | None, compiler: str | None, cuda: bool | None) -> Outcome:
     """Build, and say where the library is and how to use it."""
-    built = build_ort_library(out, compiler=compiler)
+    built = build_ort_library(out, compiler=compiler, cuda=cuda)
     facts = {
         "library": str(built.path),
         "compiler": built.compiler,
+        "CUDA kernels": "yes" if built.cuda else "no: such nodes run on the CPU",
         "seconds": round(built.seconds, 1),
         "size": f"{built.path.stat().st_size / 1e6:.1f} MB",
     }
-    document = {**facts, "size": built.path.stat().st_size}
+    document = {"library": str(built.path), "compiler": built.compiler, "cuda": built.cuda}
+    document |= {"seconds": round(built.seconds, 1), "size": built.path.stat().st_size}
     hint = f'session_options.register_custom_ops_library("{built.path}")'
     return Outcome(document, (facts_table("ONNX Runtime kernels", facts), hint))

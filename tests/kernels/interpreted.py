@@ -39,7 +39,7 @@ def poison_empty() -> None:
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
         memory = plain_empty(*args, **kwargs)
-        return memory.fill_(float("nan") if memory.is_floating_point() else 12345)
+        return memory.fill_(float("nan") if memory.is_floating_point() else 77)  # fits a byte
 
     torch.empty = empty
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from lte_compile.kernels.triton_decode import DecodeConfig, sparse_ffn_decode
+from lte_compile.kernels.triton_decode import DecodeConfig, sparse_ffn_two_launches
 from tests.kernels.interpreted import error, errors_of
 from tests.kernels.problems import Shape, interleaved, make_call
 
@@ -22,7 +22,7 @@ SHAPES = {
 
 
 def main() -> None:
-    kernel = partial(sparse_ffn_decode, config=CONFIG)
+    kernel = partial(sparse_ffn_two_launches, config=CONFIG)
     errors = errors_of(kernel, SHAPES)
     errors["interleaved halves"] = error(kernel, interleaved(make_call(SHAPES["primes"], dtype=torch.float32)))
     json.dump(errors, sys.stdout)

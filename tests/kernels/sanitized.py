@@ -16,11 +16,19 @@ import torch
 
 from lte_compile.kernels.lowering import choose, describe
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
+from lte_compile.kernels.triton_batch import sparse_ffn_batch
+from lte_compile.kernels.triton_prefill import sparse_ffn_prefill
+from tests.kernels.interpreted import Kernel
 from tests.kernels.problems import Shape, in_float64, make_call, make_weights, relative_error, run_op
 from tests.kernels.test_gpu import on_gpu
 
-# (tokens, density to expect): between them they reach every row of the lowering table that a GPU has.
+# (tokens, density to expect): with FOR_LARGE_LAYERS they reach every row of the table that a GPU has.
 CALLS = [(1, None), (1, 1.0), (5, None), (33, 1.0), (100, None), (300, 0.1)]
+# Rows that the table takes for large layers only.
+FOR_LARGE_LAYERS: dict[str, tuple[int, Kernel]] = {
+    "triton-batch": (5, sparse_ffn_batch),
+    "triton-prefill": (300, sparse_ffn_prefill),
+}
 SIZES = [(37, 61, 12), (64, 96, 32), (8, 11, 1)]  # width, neurons, expert size
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -34,13 +42,14 @@ def check(call: SparseFfnCall) -> str:
     return name
 
 
-def train(shape: Shape, dtype: torch.dtype) -> None:
-    """Forward and backward of lte::expert_ffn."""
+def train(shape: Shape, dtype: torch.dtype, density: float | None = None) -> None:
+    """Forward and backward of lte::expert_ffn; with a density, gates select so many experts and are not trained."""
     weights = [None if t is None else t.cuda().requires_grad_() for t in make_weights(shape, gated=True, biases=True)]
     weights = [None if t is None else t.detach().to(dtype).requires_grad_() for t in weights]
     x = torch.randn(*shape.tokens, shape.width, device="cuda", dtype=dtype, requires_grad=True)
-    gates = torch.rand(*shape.tokens, shape.experts, device="cuda", requires_grad=True)
-    y = torch.ops.lte.expert_ffn(x, gates, *weights, "silu", shape.expert_size)
+    gates = torch.rand(*shape.tokens, shape.experts, device="cuda", requires_grad=density is None)
+    gates = gates if density is None else (gates < density).float()
+    y = torch.ops.lte.expert_ffn(x, gates, *weights, "silu", shape.expert_size, density=density)
     y.square().sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
@@ -54,6 +63,13 @@ def main() -> int:
         for gated, tau in ((True, 0.5), (False, 0.0), (True, 1.0)):  # some, all and no experts active
             served[check(on_gpu(make_call(shape, gated=gated, dtype=dtype, tau=tau))._replace(density=density))] += 1
         train(shape, dtype)
+    for (name, (tokens, kernel)), (width, neurons, size), dtype in product(FOR_LARGE_LAYERS.items(), SIZES, DTYPES):
+        call = on_gpu(make_call(Shape((tokens,), width, neurons, size), dtype=dtype))
+        error = relative_error(kernel(call), sparse_ffn_reference(in_float64(call)))
+        assert error <= TOLERANCE[dtype], (name, error)
+        served[name] += 1
+    for width, neurons, size in SIZES:
+        train(Shape((1030,), width, neurons, size), torch.bfloat16, density=0.2)
     torch.cuda.synchronize()
     sys.stdout.write(f"{dict(served)}\n")
     return 0

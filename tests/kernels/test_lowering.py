@@ -34,13 +34,58 @@ def test_one_token_on_cuda_is_decoded_by_triton() -> None:
     assert choose(ON_CUDA).lowering.name == "triton-decode"
 
 
+LLAMA = ON_CUDA._replace(dtype=torch.bfloat16, width=4096, neurons=11008, experts=344, expert_size=32, gated=True)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "name"),
-    [(0, "reference"), (2, "triton-batch"), (MAX_BATCH_TOKENS, "triton-batch"), (MAX_BATCH_TOKENS + 1, "reference")],
+    ("tokens", "density", "name"),
+    [
+        (0, None, "reference"),
+        (2, None, "triton-batch"),
+        (16, None, "triton-batch"),
+        (16, 0.1, "triton-batch"),
+        (16, 1.0, "masked-dense"),
+        (MAX_BATCH_TOKENS, None, "masked-dense"),
+        (MAX_BATCH_TOKENS, 0.5, "masked-dense"),
+        (MAX_BATCH_TOKENS, 0.02, "triton-batch"),
+        (MAX_BATCH_TOKENS + 1, 0.02, "masked-dense"),
+        (2048, None, "masked-dense"),
+        (2048, 0.1, "triton-prefill"),
+        (8192, 0.3, "triton-prefill"),
+        (8192, 0.9, "masked-dense"),
+        (100_000, 0.1, "triton-prefill"),
+    ],
 )
-def test_a_few_tokens_on_cuda_share_the_experts_they_read(tokens: int, name: str) -> None:
+def test_tokens_and_density_choose_on_cuda(tokens: int, density: float | None, name: str) -> None:
     pytest.importorskip("triton")
-    assert choose(ON_CUDA._replace(tokens=tokens)).lowering.name == name
+    assert choose(LLAMA._replace(tokens=tokens, density=density)).lowering.name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "reason"),
+    [
+        ({"tokens": 64}, "triton-batch", "64 tokens of unknown density may need every expert"),
+        ({"tokens": 64, "density": 0.3}, "triton-batch", "64 tokens at density 0.3 need 100% of the experts"),
+        ({"tokens": 8, "width": 576, "neurons": 1536}, "triton-batch", "saves at most 5 MB of reading"),
+        ({"tokens": 2048}, "triton-prefill", "the share of active experts is unknown"),
+        ({"tokens": 2048, "density": 0.9}, "triton-prefill", "2048 tokens at density 0.9 would take"),
+        ({"tokens": 2048, "density": 0.3, "dtype": torch.float32}, "triton-prefill", "2048 tokens at density 0.3"),
+        ({"tokens": 2, "density": 0.1, "down_is_neuron_major": False}, "triton-prefill", "serves more than 64 tokens"),
+        ({"tokens": 2048, "density": 0.1, "unequal_experts": True}, "masked-dense", "expert_offsets"),
+    ],
+)
+def test_refusals_say_what_is_expected_of_the_call(change: dict[str, object], row: str, reason: str) -> None:
+    pytest.importorskip("triton")
+    refusals = choose(LLAMA._replace(**change)).refusals  # type: ignore[arg-type]
+    assert reason in refusals[row]
+
+
+def test_the_estimated_gain_of_skipping_falls_with_density() -> None:
+    pytest.importorskip("triton")
+    chosen = [choose(LLAMA._replace(tokens=4096, density=d / 20)).lowering.name for d in range(21)]
+    last = max(i for i, name in enumerate(chosen) if name == "triton-prefill")
+    assert set(chosen[: last + 1]) == {"triton-prefill"}
+    assert set(chosen[last + 1 :]) == {"masked-dense"}
 
 
 @pytest.mark.parametrize(

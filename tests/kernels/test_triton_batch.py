@@ -69,6 +69,8 @@ def test_kernels_compile_without_spills(tokens: int, capability: int) -> None:
     from lte_compile.kernels import batch_kernels
 
     for name, constants in launches(tokens):
+        constants |= {"DEPENDENT": capability >= 90}
         ptx = compile_ptx(getattr(batch_kernels, name), TYPES, constants, capability, warps=4)
+        assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
         assert re.search(r"\b(mma\.sync|wgmma)", ptx), "products of bf16 tiles belong on the tensor cores"
         assert spilled_bytes(ptx, capability) == 0

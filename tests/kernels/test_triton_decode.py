@@ -90,8 +90,9 @@ def test_kernels_compile_without_spills(gated: bool, capability: int) -> None:
         (decode_kernels.route_up, ROUTE_UP_TYPES, up, config.up_warps),
         (decode_kernels.down, DOWN_TYPES, down, config.down_warps),
     ):
-        ptx = compile_ptx(kernel, types, constants, capability, warps)
+        ptx = compile_ptx(kernel, types, constants | {"DEPENDENT": capability >= 90}, capability, warps)
         assert re.search(r"ld\.global\S*\.v4", ptx), "weights must be read 16 bytes at a time"
+        assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
         assert spilled_bytes(ptx, capability) == 0
 
 
@@ -107,7 +108,7 @@ def test_generated_kernels_compile_without_spills(name: str, capability: int) ->
     constants = {**dict.fromkeys(missing), "D": 4096, "EXPERT_SIZE": 32, "COUNTERS": 16, "IS_PROGRAM": True}
     constants |= {"ROW_STRIDE": 8192 if program.gated else 4096, "BIAS_STRIDE": 1}
     constants |= {"ROWS": config.up_rows, "BLOCK": config.up_block, "STAGES": config.up_stages}
-    constants |= {"ACTIVATION": generated_kernel(str(program))}
+    constants |= {"ACTIVATION": generated_kernel(str(program)), "DEPENDENT": capability >= 90}
     types = ROUTE_UP_TYPES | {"constants": ("*bf16",) * len(program.constant_names)}
     ptx = compile_ptx(decode_kernels.route_up, types, constants, capability, config.up_warps)
     assert re.search(r"ld\.global\S*\.v4", ptx), "weights must be read 16 bytes at a time"

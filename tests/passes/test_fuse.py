@@ -214,6 +214,12 @@ return expert_ffn
     assert not report.refusals
 
 
+def test_the_density_to_expect_comes_from_the_selection() -> None:
+    _, after, _ = fused(PLAIN.replace("'soft', 0.5)", "'threshold', 0.5, 0.2)"))
+    (node,) = lte_nodes(after, "expert_ffn")
+    assert arguments(node)["density"] == 0.2
+
+
 def test_weights_stored_in_out_are_transposed_and_a_flat_result_keeps_its_shape() -> None:
     _, after, _ = fused(CONV1D)
     assert lines(after) == expect("""

@@ -1,0 +1,219 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The Triton kernels for many tokens; lte_compile.kernels.triton_prefill and .masked_dense say how they are used.
+
+ACTIVATION is a name, or (IS_PROGRAM) the function generated from a region program, which loads its `constants` itself.
+
+Shape suffixes: T tokens, D model width, F neurons, E experts; M tokens of a tile, N neurons of a tile, J rows of up and
+gate in turn (2 N, or N in a plain FFN), K columns of one step of a sum over D, S neurons of one expert.
+Interpretable (no inline assembly), Triton 3.6 and later. Products are exact or rounded as IEEE says: tl.dot takes fp16
+and bf16 operands as they are and never turns fp32 into tf32.
+"""
+
+import triton
+import triton.language as tl
+
+from lte_compile.kernels.decode_kernels import activate
+from lte_compile.kernels.token_lists import selects, sum_of_parts
+
+
+@triton.jit
+def hidden_of(
+    up, gate, constants, neuron, exists, ACTIVATION: tl.constexpr, IS_PROGRAM: tl.constexpr, GATED: tl.constexpr
+):
+    """The hidden values of up and gate in fp32, before any expert's gate."""
+    if IS_PROGRAM:
+        hidden = ACTIVATION(up, gate, constants, neuron, exists)
+    elif GATED:
+        hidden = activate(gate, ACTIVATION) * up
+    else:
+        hidden = activate(up, ACTIVATION)
+    return hidden
+
+
+@triton.jit
+def hidden_tile(
+    x_ptr,
+    up_ptr,
+    gate_ptr,
+    up_bias_ptr,
+    gate_bias_ptr,
+    constants,
+    token_M,
+    reads_M,
+    first_neuron,
+    past_neuron,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_PROGRAM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Hidden values [M, N] in fp32 of some tokens, and of the neurons from the first to the one before the last.
+
+    The rows of up and gate take turns in one operand: one product of twice the width, whose columns 2 n and 2 n + 1
+    lie in the same thread, so that nothing moves between threads when they are parted.
+    """
+    MATRICES: tl.constexpr = 1 if gate_ptr is None else 2
+    row_J = tl.arange(0, MATRICES * NEURONS)
+    neuron_J = first_neuron + row_J // MATRICES
+    start_J = neuron_J.to(tl.int64) * ROW_STRIDE
+    w_ptr_J = up_ptr + start_J
+    if gate_ptr is not None:
+        w_ptr_J = tl.where(row_J % 2 == 0, w_ptr_J, gate_ptr + start_J)
+    x_ptr_M = x_ptr + token_M.to(tl.int64) * D
+    exists_J = neuron_J < past_neuron
+    sum_MJ = tl.zeros([TOKENS, MATRICES * NEURONS], tl.float32)
+    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
+        column_K = start + tl.arange(0, BLOCK)
+        if D % BLOCK == 0:
+            mask_MK, mask_JK = reads_M[:, None], exists_J[:, None]
+        else:
+            mask_MK, mask_JK = reads_M[:, None] & (column_K < D)[None, :], exists_J[:, None] & (column_K < D)[None, :]
+        x_MK = tl.load(x_ptr_M[:, None] + column_K[None, :], mask=mask_MK, other=0.0)
+        w_JK = tl.load(w_ptr_J[:, None] + column_K[None, :], mask=mask_JK, other=0.0)
+        sum_MJ = tl.dot(x_MK, tl.trans(w_JK), sum_MJ, input_precision="ieee")
+    neuron_N = first_neuron + tl.arange(0, NEURONS)
+    exists_N = neuron_N < past_neuron
+    if gate_ptr is None:
+        up_MN = sum_MJ
+        gate_MN = up_MN
+    else:
+        up_MN, gate_MN = tl.split(tl.reshape(sum_MJ, [TOKENS, NEURONS, 2]))
+        if gate_bias_ptr is not None:
+            gate_MN += tl.load(gate_bias_ptr + neuron_N * BIAS_STRIDE, mask=exists_N, other=0.0).to(tl.float32)[None, :]
+    if up_bias_ptr is not None:
+        up_MN += tl.load(up_bias_ptr + neuron_N * BIAS_STRIDE, mask=exists_N, other=0.0).to(tl.float32)[None, :]
+    neuron_1N, exists_1N = neuron_N[None, :], exists_N[None, :]
+    return hidden_of(up_MN, gate_MN, constants, neuron_1N, exists_1N, ACTIVATION, IS_PROGRAM, MATRICES == 2)
+
+
+@triton.jit
+def tiles_before(counts_ptr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOKENS: tl.constexpr):
+    """How many tiles of tokens the experts up to each one (included) have."""
+    expert_E = tl.arange(0, EXPERTS_PADDED)
+    count_E = tl.load(counts_ptr + expert_E, mask=expert_E < EXPERTS, other=0)
+    return tl.cumsum((count_E + TOKENS - 1) // TOKENS, 0)
+
+
+@triton.jit
+def listed_up(
+    x_ptr,
+    lists_ptr,
+    counts_ptr,
+    up_ptr,
+    gate_ptr,
+    up_bias_ptr,
+    gate_bias_ptr,
+    constants,
+    hidden_ptr,
+    tokens,
+    F,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    EXPERT_SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_PROGRAM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Hidden values of every expert for the tokens of its list, scattered into [T, F].
+
+    A tile is some tokens of one expert's list by some of its neurons. Programs take tiles in turn, expert by expert, so
+    that the programs that run together share the experts' weights and, as lists ascend, regions of x.
+    """
+    parts: tl.constexpr = (EXPERT_SIZE + NEURONS - 1) // NEURONS
+    before_E = tiles_before(counts_ptr, EXPERTS, EXPERTS_PADDED, TOKENS)
+    total = tl.max(before_E, 0) * parts
+    expert_E = tl.arange(0, EXPERTS_PADDED)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        block = tile // parts
+        expert = tl.sum((before_E <= block).to(tl.int32), 0)
+        first_tile = tl.max(tl.where(expert_E < expert, before_E, 0), 0)
+        place_M = (block - first_tile) * TOKENS + tl.arange(0, TOKENS)
+        listed_M = place_M < tl.load(counts_ptr + expert)
+        token_M = tl.load(lists_ptr + expert.to(tl.int64) * tokens + place_M, mask=listed_M, other=0)
+        first_neuron = expert * EXPERT_SIZE + (tile % parts) * NEURONS
+        past_neuron = tl.minimum((expert + 1) * EXPERT_SIZE, F)
+        hidden_MN = hidden_tile(
+            x_ptr,
+            up_ptr,
+            gate_ptr,
+            up_bias_ptr,
+            gate_bias_ptr,
+            constants,
+            token_M,
+            listed_M,
+            first_neuron,
+            past_neuron,
+            D,
+            ROW_STRIDE,
+            BIAS_STRIDE,
+            ACTIVATION,
+            IS_PROGRAM,
+            TOKENS,
+            NEURONS,
+            BLOCK,
+            STAGES,
+        )
+        neuron_N = first_neuron + tl.arange(0, NEURONS)
+        place_MN = token_M[:, None].to(tl.int64) * F + neuron_N[None, :]
+        mask_MN = listed_M[:, None] & (neuron_N < past_neuron)[None, :]
+        tl.store(hidden_ptr + place_MN, hidden_MN.to(hidden_ptr.dtype.element_ty), mask=mask_MN)
+
+
+@triton.jit
+def mask_hidden(
+    logits_ptr,
+    router_bias_ptr,
+    up_ptr,
+    gate_ptr,
+    constants,
+    hidden_ptr,
+    tau,
+    tokens,
+    F,
+    PARTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERT_SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_PROGRAM: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    NEURONS: tl.constexpr,
+):
+    """Hidden values of up and gate [T, F], zero where the token did not select the expert.
+
+    Those are read all the same: else reading would wait for the scores. A program takes a tile [E, S] of one token:
+    experts, and neurons of each, padded to a power of two. Programs start with the last token, as what the projections
+    wrote last is still in L2.
+    """
+    parts: tl.constexpr = (EXPERT_SIZE + NEURONS - 1) // NEURONS
+    tiles: tl.constexpr = (EXPERTS + BLOCK_EXPERTS - 1) // BLOCK_EXPERTS * parts
+    token = tokens - 1 - (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    expert_E = (tile // parts) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
+    in_expert_S = (tile % parts) * NEURONS + tl.arange(0, NEURONS)
+    exists_E = expert_E < EXPERTS
+    logit_E = sum_of_parts(logits_ptr, token * EXPERTS + expert_E, tokens * EXPERTS, exists_E, PARTS)
+    selects_E = selects(logit_E, router_bias_ptr, expert_E, exists_E, tau, True)
+    neuron_ES = expert_E[:, None] * EXPERT_SIZE + in_expert_S[None, :]
+    exists_ES = neuron_ES < F
+    if EXPERT_SIZE % NEURONS != 0:
+        exists_ES = exists_ES & (in_expert_S < EXPERT_SIZE)[None, :]
+    keeps_ES = exists_ES & selects_E[:, None]
+    place_ES = token * F + neuron_ES
+    up_ES = tl.load(up_ptr + place_ES, mask=exists_ES, other=0.0).to(tl.float32)
+    gate_ES = up_ES
+    if gate_ptr is not None:
+        gate_ES = tl.load(gate_ptr + place_ES, mask=exists_ES, other=0.0).to(tl.float32)
+    hidden_ES = hidden_of(up_ES, gate_ES, constants, neuron_ES, exists_ES, ACTIVATION, IS_PROGRAM, gate_ptr is not None)
+    hidden_ES = tl.where(keeps_ES, hidden_ES, 0.0)
+    tl.store(hidden_ptr + place_ES, hidden_ES.to(hidden_ptr.dtype.element_ty), mask=exists_ES)

@@ -1,0 +1,39 @@
+"""What the launches of Triton kernels depend on: the device, and how one launch follows another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    multiprocessors: int
+    dependent_launch: bool  # programmatic dependent launch: Hopper and later
+
+
+# Triton's interpreter runs programs one after the other: as many as a small test needs.
+INTERPRETED = Gpu(3, False)
+
+
+@cache
+def _facts(index: int) -> Gpu:
+    facts = torch.cuda.get_device_properties(index)
+    return Gpu(facts.multi_processor_count, torch.version.hip is None and facts.major >= 9)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return INTERPRETED
+    return _facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def launch_options(device: torch.device, warps: int, early: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a launch of a kernel that has a DEPENDENT constant: 1, or 2 if `early`, where the device can
+    start a launch before the one before has ended, else 0."""
+    if gpu_of(device).dependent_launch:
+        return {"num_warps": warps, "DEPENDENT": 1 + early, "launch_pdl": True}
+    return {"num_warps": warps, "DEPENDENT": 0}
