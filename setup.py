@@ -1,10 +1,15 @@
-"""What pyproject.toml cannot say: wheels carry liblte_ort.so, compiled by the machine that builds them."""
+"""What pyproject.toml cannot say: wheels carry liblte_ort.so, compiled by the machine that builds them.
+
+Its CUDA kernels are compiled by Triton, where the build has it: with `--no-build-isolation`, the environment's.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
+import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +45,18 @@ def _why_not() -> str | None:
     return None
 
 
+def _build_library(folder: Path) -> None:
+    """With CUDA kernels if Triton is there to compile them."""
+    with tempfile.TemporaryDirectory() as images:
+        has_triton = importlib.util.find_spec("triton") is not None
+        if has_triton:
+            script = Path(__file__).parent / "exporters" / "ort_images.py"
+            subprocess.run([sys.executable, str(script), images], check=True)
+        else:
+            warnings.warn(f"{ort_build.LIBRARY} has no CUDA kernels: Triton is not installed", stacklevel=2)
+        ort_build.build(folder / ort_build.LIBRARY, images=Path(images) if has_triton else None)
+
+
 class BuildWithLibrary(build_py):
     """Also compiles the library, except for an editable installation, where `lte-compile build-ort` does."""
 
@@ -51,7 +68,7 @@ class BuildWithLibrary(build_py):
         if reason is None:
             folder = Path(self.build_lib) / "lte_compile" / "exporters" / "ort"
             folder.mkdir(parents=True, exist_ok=True)
-            ort_build.build(folder / ort_build.LIBRARY)
+            _build_library(folder)
         else:
             warnings.warn(f"this wheel has no {ort_build.LIBRARY}: {reason}", stacklevel=2)
 

@@ -1,5 +1,7 @@
 """Compiling `liblte_ort.so`, the kernels of `lte::SparseFFN` for ONNX Runtime, with a C++17 compiler and nothing else.
 
+CUDA kernels come as images that exporters/ort_images.py made; without them the library is one for CPUs.
+
 Imports the standard library alone: setup.py loads this file where the package's dependencies are not installed.
 """
 
@@ -13,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +27,7 @@ LIBRARY: Final = "liblte_ort.so"
 FLAGS: Final = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # The compiler's runtime goes into the library, so that it runs where another version of it, or none, is installed;
 # the map keeps that, and all but one function, to the library itself.
-LINK_FLAGS: Final = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined")
+LINK_FLAGS: Final = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-ldl")
 # Files that only run after the processor has been asked; the rest is for any processor.
 INSTRUCTION_SETS: Final = {
     "simd_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -36,11 +39,12 @@ _COMPILERS: Final = ("c++", "g++", "clang++")
 
 @dataclass(frozen=True, kw_only=True)
 class OrtBuild:
-    """A library that was built: its file, the compiler's own description of itself, and how long it took."""
+    """A library that was built: its file, the compiler's own description of itself, and how long that took."""
 
     path: Path
     compiler: str
     seconds: float
+    cuda: bool  # whether it has CUDA kernels
 
 
 def source_digest() -> str:
@@ -66,8 +70,12 @@ def find_compiler(name: str | None = None) -> str:
     raise ValueError(f"no C++ compiler found (tried {', '.join(_COMPILERS)}); install one, such as Debian's g++")
 
 
-def build(target: Path, *, compiler: str | None = None, extra_flags: Sequence[str] = ()) -> OrtBuild:
+def build(
+    target: Path, *, compiler: str | None = None, extra_flags: Sequence[str] = (), images: Path | None = None
+) -> OrtBuild:
     """Compile the library to `target`, whose folder must exist. A failure leaves what was there.
+
+    `images` is a folder that ort_images.py wrote; without one the library has no CUDA kernels.
 
     Raises:
         ValueError: no compiler, or the folder cannot be written.
@@ -80,21 +88,34 @@ def build(target: Path, *, compiler: str | None = None, extra_flags: Sequence[st
     except OSError as error:
         raise ValueError(f"cannot write into {target.parent}: {error.strerror}; choose another folder") from error
     with folder as name:
-        linked = _compile(Path(name), found, extra_flags)
+        linked = _compile(Path(name), found, extra_flags, images)
         os.replace(linked, target)
     description = _run([found, "--version"]).splitlines()[0]
-    return OrtBuild(path=target, compiler=description, seconds=time.perf_counter() - start)
+    return OrtBuild(path=target, compiler=description, seconds=time.perf_counter() - start, cuda=images is not None)
 
 
-def _compile(folder: Path, compiler: str, extra_flags: Sequence[str]) -> Path:
-    objects = []
-    for number, source in enumerate(sorted(SOURCES.rglob("*.cpp"))):
-        objects.append(str(folder / f"{number}.o"))
-        flags = (*FLAGS, *_instruction_set(source), *extra_flags)
-        _run([compiler, *flags, "-c", str(source), "-o", objects[-1]])
+def _compile(folder: Path, compiler: str, extra_flags: Sequence[str], images: Path | None) -> Path:
+    # The assembler looks for what .incbin names in the folders it is told of.
+    cuda = () if images is None else ("-DLTE_CUDA", f"-I{images}", f"-Wa,-I{images}")
+    commands = {
+        str(folder / f"{number}.o"): [
+            compiler,
+            *FLAGS,
+            *_instruction_set(source),
+            *cuda,
+            *extra_flags,
+            "-c",
+            str(source),
+        ]
+        for number, source in enumerate(sorted(SOURCES.rglob("*.cpp")))
+        if images is not None or source.parent.name != "cuda"
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda target: _run([*commands[target], "-o", target]), commands):
+            pass
     linked = folder / LIBRARY
     symbols = f"-Wl,--version-script={SOURCES / 'symbols.map'}"
-    _run([compiler, *extra_flags, *objects, *LINK_FLAGS, symbols, "-o", str(linked)])
+    _run([compiler, *extra_flags, *commands, *LINK_FLAGS, symbols, "-o", str(linked)])
     return linked
 
 

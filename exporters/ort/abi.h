@@ -20,6 +20,8 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtShapeInferContext;
+struct OrtAllocator;
+struct OrtMemoryInfo;
 using OrtApi = const void*;  // the table's first entry
 
 struct OrtApiBase {
@@ -38,6 +40,9 @@ enum class Slot : size_t {
   GetDimensionsCount = 61,
   GetDimensions = 62,
   GetTensorTypeAndShape = 65,
+  AllocatorAlloc = 75,
+  AllocatorFree = 76,
+  AllocatorGetInfo = 77,
   KernelInfoGetAttribute_float = 85,
   KernelInfoGetAttribute_int64 = 86,
   KernelInfoGetAttribute_string = 87,
@@ -46,8 +51,12 @@ enum class Slot : size_t {
   KernelContext_GetOutput = 91,
   ReleaseStatus = 93,
   ReleaseTensorTypeAndShapeInfo = 99,
+  ReleaseAllocator = 132,
+  KernelContext_GetGPUComputeStream = 193,
   KernelInfo_GetNodeName = 244,
   KernelContext_ParallelFor = 274,
+  KernelContext_GetScratchBuffer = 277,
+  KernelInfoGetAllocator = 278,
 };
 
 enum OrtErrorCode : int { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };

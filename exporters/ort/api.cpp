@@ -131,6 +131,42 @@ void* Api::data(const OrtValue* value) const {
   return data;
 }
 
+abi::OrtAllocator* Api::allocator(const OrtKernelInfo* info) const {
+  abi::OrtAllocator* allocator = nullptr;
+  using Function = OrtStatus*(const OrtKernelInfo*, abi::OrtMemType, abi::OrtAllocator**);
+  call<Function>(Slot::KernelInfoGetAllocator, info, abi::OrtMemTypeDefault, &allocator);
+  return allocator;
+}
+
+void Api::release_allocator(abi::OrtAllocator* allocator) const noexcept {
+  at<void(abi::OrtAllocator*)>(Slot::ReleaseAllocator)(allocator);
+}
+
+void* Api::stream(const OrtKernelContext* context) const {
+  void* stream = nullptr;
+  call<OrtStatus*(const OrtKernelContext*, void**)>(Slot::KernelContext_GetGPUComputeStream, context, &stream);
+  return stream;
+}
+
+void* Api::allocate(const OrtKernelContext* context, abi::OrtAllocator* allocator, size_t bytes) const {
+  void* memory = nullptr;
+  if (stream(context) == nullptr) {
+    call<OrtStatus*(abi::OrtAllocator*, size_t, void**)>(Slot::AllocatorAlloc, allocator, bytes, &memory);
+    return memory;
+  }
+  const abi::OrtMemoryInfo* info = nullptr;
+  using GetInfo = OrtStatus*(const abi::OrtAllocator*, const abi::OrtMemoryInfo**);
+  call<GetInfo>(Slot::AllocatorGetInfo, allocator, &info);
+  // Unlike AllocatorAlloc, it marks the memory as the stream's: another stream gets it when this one is through.
+  using Function = OrtStatus*(const OrtKernelContext*, const abi::OrtMemoryInfo*, size_t, void**);
+  call<Function>(Slot::KernelContext_GetScratchBuffer, context, info, bytes, &memory);
+  return memory;
+}
+
+void Api::free(abi::OrtAllocator* allocator, void* memory) const noexcept {
+  failed(at<OrtStatus*(abi::OrtAllocator*, void*)>(Slot::AllocatorFree)(allocator, memory));
+}
+
 void Api::parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t count, void* data) const {
   using Function = OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
   // As many batches as tasks: threads then fetch one task after the other instead of equal shares in advance.

@@ -47,6 +47,15 @@ class Api {
   // Calls task(data, i) for every i below count on the session's threads; returns when all are done.
   void parallel_for(const abi::OrtKernelContext* context, void (*task)(void*, size_t), size_t count, void* data) const;
 
+  // Of the memory that a node's provider computes in; the caller releases it.
+  abi::OrtAllocator* allocator(const abi::OrtKernelInfo* info) const;
+  void release_allocator(abi::OrtAllocator* allocator) const noexcept;
+  // The CUDA stream of a call, null where the provider has none.
+  void* stream(const abi::OrtKernelContext* context) const;
+  // Memory for free(), which a call may give back while its work is still on the stream.
+  void* allocate(const abi::OrtKernelContext* context, abi::OrtAllocator* allocator, size_t bytes) const;
+  void free(abi::OrtAllocator* allocator, void* memory) const noexcept;
+
  private:
   template <typename Function>
   Function* at(abi::Slot slot) const {

@@ -6,6 +6,9 @@
 #include "api.h"
 #include "cpu/op.h"
 #include "cpu/simd.h"
+#ifdef LTE_CUDA
+#include "cuda/op.h"
+#endif
 
 namespace lte {
 
@@ -21,6 +24,9 @@ abi::OrtCustomOpDomain* domain_of(const abi::OrtApi* table) {
   const Api api(table);
   abi::OrtCustomOpDomain* domain = api.create_domain("lte");
   for (const abi::OrtCustomOp* op : cpu::operators()) api.add_op(domain, op);
+#ifdef LTE_CUDA  // built with the kernels; ONNX Runtime without a CUDA provider takes no notice of the operators
+  for (const abi::OrtCustomOp* op : cuda::operators()) api.add_op(domain, op);
+#endif
   return domains[table] = domain;
 }
 

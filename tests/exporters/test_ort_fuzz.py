@@ -18,9 +18,9 @@ STRICT = ("-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> str:
+def sanitized(tmp_path_factory: pytest.TempPathFactory, no_code: Path) -> str:
     target = tmp_path_factory.mktemp("sanitized") / LIBRARY
-    return str(build(target, extra_flags=(*SANITIZE, *STRICT)).path)
+    return str(build(target, extra_flags=(*SANITIZE, *STRICT), images=no_code).path)
 
 
 def runtime_of(name: str) -> str:

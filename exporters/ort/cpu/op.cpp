@@ -3,13 +3,13 @@
 #include <string>
 
 #include "../node.h"
+#include "../operator.h"
 #include "ffn.h"
 
 namespace lte::cpu {
 
 namespace {
 
-using abi::ONNXTensorElementDataType;
 using abi::OrtCustomOp;
 
 template <typename Element>
@@ -83,24 +83,8 @@ abi::OrtStatus* run_kernel(void* opaque, abi::OrtKernelContext* context) {
 }
 
 template <typename Element>
-OrtCustomOp make_operator() {
-  OrtCustomOp op{};
-  op.version = abi::kVersion;
-  op.GetName = [](const OrtCustomOp*) { return "SparseFFN"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputCount; };
-  op.GetInputType = [](const OrtCustomOp*, size_t) -> ONNXTensorElementDataType { return Type<Element>::kOnnx; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.GetOutputType = op.GetInputType;
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t input) {
-    return is_required(input) ? abi::INPUT_OUTPUT_REQUIRED : abi::INPUT_OUTPUT_OPTIONAL;
-  };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return abi::INPUT_OUTPUT_REQUIRED; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return abi::OrtMemTypeDefault; };
-  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+Operator make() {
+  Operator op = make_operator("CPUExecutionProvider", Type<Element>::kOnnx);
   op.CreateKernelV2 = create_kernel;
   op.KernelComputeV2 = run_kernel<Element>;
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
@@ -110,7 +94,7 @@ OrtCustomOp make_operator() {
 }  // namespace
 
 std::vector<const OrtCustomOp*> operators() {
-  static const OrtCustomOp ops[] = {make_operator<float>(), make_operator<Half>(), make_operator<BFloat16>()};
+  static const Operator ops[] = {make<float>(), make<Half>(), make<BFloat16>()};
   return {&ops[0], &ops[1], &ops[2]};
 }
 
