@@ -138,14 +138,20 @@ def bench_ffn(
     ]
 
 
-def kernel_choice(shape: FfnShape, dtype: torch.dtype = torch.float32, device: str = "cpu", tokens: int = 1) -> Choice:
+def kernel_choice(
+    shape: FfnShape,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    tokens: int = 1,
+    density: float | None = None,
+) -> Choice:
     """Which kernel serves lte::sparse_ffn, and why the others do not; `str()` explains it. The device may be absent."""
     with FakeTensorMode():
         layer = _random_layer(shape, dtype, "cpu", seed=0)
     call = SparseFfnCall(
         layer.x_D, layer.router_ED, None, layer.weights, shape.activation, shape.expert_size, 0.5, None
     )
-    return choose(describe(call)._replace(device=device, tokens=tokens))
+    return choose(describe(call)._replace(device=device, tokens=tokens, density=density))
 
 
 def _random_layer(shape: FfnShape, dtype: torch.dtype, device: str, seed: int) -> _Layer:

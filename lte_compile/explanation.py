@@ -17,6 +17,7 @@ from lte_compile.capture import Inputs, capture_all
 from lte_compile.config import Stage
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.lowering import Request, choose, describe
+from lte_compile.kernels.selection import check_density
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.modes import in_stage
 from lte_compile.passes.anchors import arguments, is_lte, level_of
@@ -57,6 +58,7 @@ def explain(
     tokens: Sequence[int] = TOKENS,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    density: float | None = None,
 ) -> tuple[KernelOfSite, ...]:
     """For inference of a transformed model in its hard stage: each FFN, in the graph's order, at each number of tokens.
 
@@ -64,21 +66,28 @@ def explain(
         example_inputs: see `lte_compile.capture.capture`; transformers models need none.
         device: "cpu" or "cuda", by default where the model is.
         dtype: of the weights, by default the model's.
+        density: share of active experts to expect, by default what each router was calibrated to.
 
     Raises:
-        ValueError: a model without routers, or a number of tokens below 1.
+        ValueError: a model without routers, a number of tokens below 1, or a density outside [0, 1].
     """
     require_routers(model)
+    check_density(density)
     if wrong := [count for count in tokens if count < 1]:
         raise ValueError(f"tokens must be at least 1; got {wrong[0]}")
-    place = next(model.parameters()).device.type if device is None else device
+    asked: dict[str, Any] = {
+        "device": device or next(model.parameters()).device.type,
+        "dtype": dtype,
+        "density": density,
+    }
+    changes = {name: value for name, value in asked.items() if value is not None}
     found: list[KernelOfSite] = []
     with torch.no_grad(), in_stage(model, Stage.HARD):
         for captured in map(copy_captured, capture_all(model, example_inputs)):
             found += _left_alone(captured, tokens) if level_of(captured) is Level.ROUTED else []
             for node in captured.module.graph.nodes:
                 if is_lte(node, "sparse_ffn"):
-                    found += _served(captured, node, tokens, place, dtype)
+                    found += _served(captured, node, tokens, changes)
     return tuple(found)
 
 
@@ -92,11 +101,9 @@ def _left_alone(captured: CapturedGraph, tokens: Sequence[int]) -> list[KernelOf
 
 
 def _served(
-    captured: CapturedGraph, node: fx.Node, tokens: Sequence[int], device: str, dtype: torch.dtype | None
+    captured: CapturedGraph, node: fx.Node, tokens: Sequence[int], changes: Mapping[str, Any]
 ) -> list[KernelOfSite]:
-    request = describe(_fake_call(node))._replace(device=device)
-    if dtype is not None:
-        request = request._replace(dtype=dtype)
+    request = describe(_fake_call(node))._replace(**changes)
     return [_chosen(_site_name(captured, node), request._replace(tokens=count)) for count in tokens]
 
 

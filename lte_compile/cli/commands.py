@@ -303,7 +303,7 @@ def bench(
             seconds=seconds,
             device=device,
         )
-        return explain_kernels(settings, tokens) if explain else measure(settings)
+        return explain_kernels(settings, tokens, densities) if explain else measure(settings)
 
     _show(work, as_json)
 

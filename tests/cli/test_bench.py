@@ -105,6 +105,15 @@ def test_kernels_are_explained_without_timing(run: Run, run_json: RunJson, llama
     assert "not triton-decode: needs a CUDA device" in shown
 
 
+def test_kernels_are_explained_at_the_densities_asked_about(run_json: RunJson, llama: Path) -> None:
+    asked = ("--explain", "--device", "cuda", "--dtype", "bf16", "--tokens", 2048, "--densities", 0.1, "--densities", 1)
+    sparse, dense = run_json("bench", "4096x11008", *asked)["sites"]
+    assert (sparse["density"], sparse["kernel"]) == (0.1, "triton-prefill")
+    assert (dense["density"], dense["kernel"]) == (1.0, "masked-dense")
+    assert "as long as dense" in dense["refusals"]["triton-prefill"]
+    assert {site["density"] for site in run_json("bench", llama, *asked)["sites"]} == {0.1, 1.0}
+
+
 def test_explain_names_its_devices(run: Run) -> None:
     result = run("bench", "32x64", "--explain", "--device", "tpu")
     assert result.exit_code == 2
