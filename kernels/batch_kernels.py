@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from lte_compile.kernels.decode_kernels import activate, list_active, nth_active
+from lte_compile.kernels.decode_kernels import hidden_of, list_active, nth_active
 
 
 @triton.jit
@@ -140,12 +140,16 @@ def gate_up(
             up_TN += tl.load(up_bias_ptr + neuron_N, mask=exists_N, other=0.0).to(tl.float32)[None, :]
         if gate_ptr is not None and gate_bias_ptr is not None:
             gate_TN += tl.load(gate_bias_ptr + neuron_N, mask=exists_N, other=0.0).to(tl.float32)[None, :]
-        if IS_PROGRAM:
-            hidden_TN = ACTIVATION(up_TN, gate_TN, constants, neuron_N[None, :], exists_N[None, :])
-        elif gate_ptr is not None:
-            hidden_TN = activate(gate_TN, ACTIVATION) * up_TN
-        else:
-            hidden_TN = activate(up_TN, ACTIVATION)
+        hidden_TN = hidden_of(
+            up_TN,
+            gate_TN,
+            constants,
+            neuron_N[None, :],
+            exists_N[None, :],
+            ACTIVATION,
+            IS_PROGRAM,
+            gate_ptr is not None,
+        )
         hidden_TN = tl.where(selects_T[:, None], hidden_TN, 0.0)
         tl.store(
             hidden_ptr + token_T[:, None].to(tl.int64) * F + neuron_N[None, :],

@@ -47,6 +47,20 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def hidden_of(
+    up, gate, constants, neuron, exists, ACTIVATION: tl.constexpr, IS_PROGRAM: tl.constexpr, GATED: tl.constexpr
+):
+    """The hidden values of up and gate in fp32, before any expert's gate."""
+    if IS_PROGRAM:
+        hidden = ACTIVATION(up, gate, constants, neuron, exists)
+    elif GATED:
+        hidden = activate(gate, ACTIVATION) * up
+    else:
+        hidden = activate(up, ACTIVATION)
+    return hidden
+
+
+@triton.jit
 def route_up(
     x_ptr,
     router_ptr,
@@ -122,12 +136,7 @@ def route_up(
             gate_R = tl.sum(gate_RB, 1)
             if gate_bias_ptr is not None:
                 gate_R += tl.load(gate_bias_ptr + neuron_R * BIAS_STRIDE, mask=exists_R, other=0.0).to(tl.float32)
-        if IS_PROGRAM:
-            hidden_R = ACTIVATION(up_R, gate_R, constants, neuron_R, exists_R)
-        elif gate_ptr is not None:
-            hidden_R = activate(gate_R, ACTIVATION) * up_R
-        else:
-            hidden_R = activate(up_R, ACTIVATION)
+        hidden_R = hidden_of(up_R, gate_R, constants, neuron_R, exists_R, ACTIVATION, IS_PROGRAM, gate_ptr is not None)
         tl.store(hidden_ptr + neuron_R, hidden_R, mask=exists_R)
 
 

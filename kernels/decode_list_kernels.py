@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lte_compile.kernels.decode_kernels import activate
+from lte_compile.kernels.decode_kernels import hidden_of
 
 
 @triton.jit
@@ -132,12 +132,7 @@ def compute_hidden(
             up_T += tl.load(up_bias_ptr + neuron_T * BIAS_STRIDE, mask=exists_T, other=0.0).to(tl.float32)
         if gate_ptr is not None and gate_bias_ptr is not None:
             gate_T += tl.load(gate_bias_ptr + neuron_T * BIAS_STRIDE, mask=exists_T, other=0.0).to(tl.float32)
-        if IS_PROGRAM:
-            hidden_T = ACTIVATION(up_T, gate_T, constants, neuron_T, exists_T)
-        elif gate_ptr is not None:
-            hidden_T = activate(gate_T, ACTIVATION) * up_T
-        else:
-            hidden_T = activate(up_T, ACTIVATION)
+        hidden_T = hidden_of(up_T, gate_T, constants, neuron_T, exists_T, ACTIVATION, IS_PROGRAM, gate_ptr is not None)
         if TOKENS > 1:
             selects_T = (tl.load(selected_ptr + expert) >> token_T) & 1
             hidden_T = tl.where(selects_T != 0, hidden_T, 0.0)

@@ -13,7 +13,7 @@ Shape suffixes: P pairs of one program, S neurons of an expert (padded to a powe
 import triton
 import triton.language as tl
 
-from lte_compile.kernels.decode_kernels import activate
+from lte_compile.kernels.decode_kernels import activate, hidden_of
 
 
 @triton.jit
@@ -111,14 +111,9 @@ def gated_hidden(
     gate_PS = up_PS
     if gate_ptr is not None:
         gate_PS = tl.load(gate_ptr + start + offset_PS, mask=read_PS, other=0.0).to(tl.float32)
-    if IS_PROGRAM:
-        expert_P = ((first + pair_P) % EXPERTS).to(tl.int32)
-        neuron_PS = expert_P[:, None] * EXPERT_SIZE + tl.arange(0, WIDTH)[None, :]
-        hidden_PS = ACTIVATION(up_PS, gate_PS, constants, neuron_PS, mask_PS)
-    elif gate_ptr is not None:
-        hidden_PS = activate(gate_PS, ACTIVATION) * up_PS
-    else:
-        hidden_PS = activate(up_PS, ACTIVATION)
+    expert_P = ((first + pair_P) % EXPERTS).to(tl.int32)
+    neuron_PS = expert_P[:, None] * EXPERT_SIZE + tl.arange(0, WIDTH)[None, :]
+    hidden_PS = hidden_of(up_PS, gate_PS, constants, neuron_PS, mask_PS, ACTIVATION, IS_PROGRAM, gate_ptr is not None)
     gated_PS = hidden_PS * score_P[:, None]
     if SKIP:
         gated_PS = tl.where(read_PS, gated_PS, 0.0)

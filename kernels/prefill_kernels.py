@@ -12,22 +12,8 @@ and bf16 operands as they are and never turns fp32 into tf32.
 import triton
 import triton.language as tl
 
-from lte_compile.kernels.decode_kernels import activate
+from lte_compile.kernels.decode_kernels import hidden_of
 from lte_compile.kernels.token_lists import selects, sum_of_parts
-
-
-@triton.jit
-def hidden_of(
-    up, gate, constants, neuron, exists, ACTIVATION: tl.constexpr, IS_PROGRAM: tl.constexpr, GATED: tl.constexpr
-):
-    """The hidden values of up and gate in fp32, before any expert's gate."""
-    if IS_PROGRAM:
-        hidden = ACTIVATION(up, gate, constants, neuron, exists)
-    elif GATED:
-        hidden = activate(gate, ACTIVATION) * up
-    else:
-        hidden = activate(up, ACTIVATION)
-    return hidden
 
 
 @triton.jit
