@@ -122,7 +122,7 @@ class Decoder:
         errors = []
         for ffn in ffns:
             if ffn not in self.checked:
-                options: dict[str, str | int | bool] = {"compiler": "eager", "fallback": "refuse"}
+                options: dict[str, Any] = {"compiler": "eager", "fallback": "refuse"}
                 self.checked[ffn] = torch.compile(ffn, backend="lte", options=options)
             expected = ffn(seen[ffn]).double()
             errors.append(float((self.checked[ffn](seen[ffn]).double() - expected).norm() / expected.norm()))
