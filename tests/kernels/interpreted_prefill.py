@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lte_compile.kernels.fused_up import FusedTile, sparse_ffn_fused_up
 from lte_compile.kernels.grouped_tile import GroupedTile
 from lte_compile.kernels.masked_dense import MaskConfig, sparse_ffn_masked_dense
 from lte_compile.kernels.sparse_ffn_reference import sparse_ffn_reference
@@ -20,6 +21,7 @@ from tests.kernels.problems import Shape, in_float64, interleaved, make_call
 KERNELS: dict[str, Kernel] = {
     "sorted": partial(sparse_ffn_prefill, config=GroupedTile(tokens=16, neurons=16, block=16)),
     "masked dense": partial(sparse_ffn_masked_dense, config=MaskConfig(elements=64)),
+    "fused": partial(sparse_ffn_fused_up, config=FusedTile(tokens=16, neurons=16, block=16)),
 }
 SHAPES = {
     "65": Shape((65,), 64, 64, 16),  # wide enough to cut the router's sums

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lte_compile.kernels.ffn import FfnWeights
+from lte_compile.kernels.fused_up import sparse_ffn_fused_up
 from lte_compile.kernels.lowering import choose, describe
 from lte_compile.kernels.masked_dense import sparse_ffn_masked_dense
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
@@ -31,7 +32,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-KERNELS: dict[str, Kernel] = {"sorted": sparse_ffn_prefill, "masked dense": sparse_ffn_masked_dense}
+KERNELS: dict[str, Kernel] = {
+    "sorted": sparse_ffn_prefill,
+    "masked dense": sparse_ffn_masked_dense,
+    "fused": sparse_ffn_fused_up,
+}
 SHAPES = [
     Shape((65,), 576, 1536, 32),
     Shape((4, 32), 4096, 11008, 32),
@@ -158,6 +163,7 @@ def test_the_table_serves_many_tokens_without_the_reference(density: float | Non
     assert relative_error(run_op(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("kernel", [sparse_ffn_prefill, sparse_ffn_masked_dense])
 def test_autocast_decides_on_the_unrounded_input(kernel: Kernel) -> None:
     call = on_gpu(make_call(SHAPES[0], dtype=torch.float32))
     rounded = _weights_in(call, torch.bfloat16)

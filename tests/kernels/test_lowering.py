@@ -11,6 +11,7 @@ from lte_compile.kernels.lowering import (
     MAX_BATCH_TOKENS,
     MAX_CPU_TOKENS,
     MAX_LISTED_EXPERTS,
+    Request,
     choose,
     describe,
 )
@@ -61,9 +62,36 @@ def test_tokens_and_density_choose_on_cuda(tokens: int, density: float | None, n
     assert choose(LLAMA._replace(tokens=tokens, density=density)).lowering.name == name
 
 
+SMOL = LLAMA._replace(width=576, neurons=1536, experts=48)
+GPT2 = LLAMA._replace(width=768, neurons=3072, experts=96, gated=False)
+
+
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [
+        (SMOL._replace(tokens=8), "triton-fused"),
+        (SMOL._replace(tokens=8192), "triton-fused"),
+        (SMOL._replace(tokens=8192, density=0.1), "triton-prefill"),
+        (SMOL._replace(tokens=8, mixed=True), "masked-dense"),
+        (SMOL._replace(tokens=8, dtype=torch.float32), "masked-dense"),
+        (SMOL._replace(tokens=8, own_router_input=True), "masked-dense"),
+        (SMOL._replace(tokens=1), "triton-decode"),
+        (SMOL._replace(width=1024, neurons=2816, tokens=512), "triton-fused"),
+        (SMOL._replace(width=1024, neurons=2816, tokens=2048), "masked-dense"),
+        (GPT2._replace(tokens=128), "triton-fused"),
+        (GPT2._replace(tokens=129), "masked-dense"),
+    ],
+)
+def test_small_layers_take_few_launches(request_: Request, name: str) -> None:
+    pytest.importorskip("triton")
+    assert choose(request_).lowering.name == name
+
+
 @pytest.mark.parametrize(
     ("change", "row", "reason"),
     [
+        ({"tokens": 512}, "triton-fused", "serves layers up to 20 MB; this one has 271 MB"),
+        ({"tokens": 512, "width": 1024, "neurons": 2816, "gated": False}, "triton-fused", "serves up to 128 tokens"),
         ({"tokens": 64}, "triton-batch", "64 tokens of unknown density may need every expert"),
         ({"tokens": 64, "density": 0.3}, "triton-batch", "64 tokens at density 0.3 need 100% of the experts"),
         ({"tokens": 8, "width": 576, "neurons": 1536}, "triton-batch", "saves at most 5 MB of reading"),

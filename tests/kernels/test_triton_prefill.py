@@ -17,7 +17,9 @@ from tests.kernels import interpreted_prefill
 from tests.kernels.ahead_of_time import compile_ptx, spilled_bytes
 
 TYPES = {
-    **dict.fromkeys(("x_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr", "hidden_ptr"), "*bf16"),
+    **dict.fromkeys(
+        ("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr", "hidden_ptr"), "*bf16"
+    ),
     **dict.fromkeys(("values_ptr", "logits_ptr", "bias_ptr", "router_bias_ptr"), "*fp32"),
     **dict.fromkeys(("lists_ptr", "counts_ptr"), "*i32"),
     **dict.fromkeys(("tokens", "F", "token_stride", "expert_stride", "part_stride"), "i32"),
@@ -65,6 +67,7 @@ def test_lists_hold_the_tokens_above_the_threshold(
 
 def launches() -> list[tuple[str, dict[str, Any], int]]:
     """(kernel, constants, warps) with every default tile."""
+    from lte_compile.kernels.fused_up import ROUTED, fused_tile
     from lte_compile.kernels.grouped_tile import grouped_tile
 
     configs = [grouped_tile(rows, 32, torch.bfloat16) for rows in (10, 50, 1000)]
@@ -76,6 +79,9 @@ def launches() -> list[tuple[str, dict[str, Any], int]]:
     for config in configs:
         tile = {"TOKENS": config.tokens, "NEURONS": config.neurons, "BLOCK": config.block, "STAGES": config.stages}
         launches.append(("listed_up", function | experts | tile | width | {"EXPERTS_PADDED": 512}, config.warps))
+    for fused in (fused_tile(tokens, 32, True, torch.bfloat16) for tokens in (100, 1000)):
+        sides = {"TOKENS": fused.tokens, "NEURONS": fused.neurons, "BLOCK": fused.block, "STAGES": fused.stages}
+        launches.append(("routed_up", function | experts | width | sides | {"ROUTED": ROUTED}, fused.warps))
     return launches
 
 
@@ -86,7 +92,7 @@ def test_kernels_compile_without_spills(capability: int) -> None:
     for name, constants, warps in launches():
         ptx = compile_ptx(getattr(prefill_kernels, name), TYPES, constants, capability, warps)
         assert spilled_bytes(ptx, capability) == 0
-        if name == "listed_up":
+        if name in ("listed_up", "routed_up"):
             wide = capability == 90 and constants["TOKENS"] >= 64  # the smallest wgmma
             assert re.search(r"\bwgmma" if wide else r"\bmma\.sync", ptx), "tensor cores"
             assert "cp.async.cg.shared.global" in ptx, "rows are copied while products run"
