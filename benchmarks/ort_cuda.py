@@ -3,8 +3,8 @@
     python -m benchmarks.ort_cuda [--output benchmarks/results/ort_cuda.json]
 
 Needs onnxruntime-gpu and a library with CUDA kernels. FFNs: one CUDA graph over several distinct layers in rotation on
-every side, timed by events on the stream that all share; weights are the same memory. The decoder has SmolLM2-135M's
-shape and random weights, in float16, a KV cache and IO binding; its tokens are drawn, and its time is the wall clock's.
+every side, timed by events on the stream that all share; weights are the same memory. benchmarks/ort_decoder.py has the
+decoder.
 Shape suffixes: T tokens, D model width, F neurons, E experts.
 """
 
@@ -14,13 +14,9 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,10 +25,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-import lte_compile as lte
 from benchmarks.decode import (
     DENSITIES,
-    EXPERT_SIZE,
     WORKLOADS,
     Workload,
     copy_bandwidth,
@@ -41,20 +35,15 @@ from benchmarks.decode import (
     set_density,
     write,
 )
+from benchmarks.ort_decoder import DTYPE, PROVIDER, export_decoders, measure_decoders, open_session
 from lte_compile.environment import describe_environment
 from lte_compile.exporters import schema
-from lte_compile.exporters.runtime import OrtGenerator
 from lte_compile.kernels.lowering import lower_sparse_ffn
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.ort_library import ort_library_path
-from lte_compile.routing import Router, routers
 
-PROVIDER = "CUDAExecutionProvider"
 ELEMENT = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
-DTYPE = torch.float16
 TOKENS = (1, 8, 512)
 REPEATS = 15
-DECODER_DENSITIES = (1.0, 0.3, 0.1)
 # Cycles that the GPU waits before a timing, so that the host has put everything on the stream when it begins.
 HEAD_START = 1_000_000
 Layers = list[SparseFfnCall]
@@ -166,12 +155,6 @@ def bind(layers: Layers, stream: torch.cuda.Stream, *, is_sparse: bool) -> Bound
     return Bound(session, binding, results, list(bound.values()))
 
 
-def open_session(model: Any, **provider: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(ort_library_path()))
-    return ort.InferenceSession(model, options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
-
-
 def captured(layers: Layers, stream: torch.cuda.Stream) -> tuple[Callable[[], None], list[Tensor]]:
     """The torch path's CUDA graph over the layers, and what it writes."""
     with torch.cuda.stream(stream):
@@ -232,106 +215,44 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
-def make_decoder() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
-def set_decoder_density(model: Any, density: float) -> None:
-    """Router biases at which drawn tokens select this share of the experts; each layer's before it is computed."""
-
-    def balance(router: Router, inputs: tuple[Tensor, ...]) -> None:
-        assert router.bias is not None
-        logits = (inputs[0].float() @ router.weight.t()).flatten()
-        router.bias.data.fill_(50.0 if density >= 1 else -float(torch.quantile(logits, 1 - density)))
-
-    hooks = [router.register_forward_pre_hook(balance) for router in routers(model)]
-    ids_BT = torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model(input_ids=ids_BT)
-    for hook in hooks:
-        hook.remove()
-
-
-def time_decoder(path: Path, tokens: int = 64, prompt: int = 128) -> dict[str, float]:
-    """Milliseconds of a prompt, and of a token after it."""
-    generator = OrtGenerator(open_session(str(path)))
-    rng = np.random.default_rng(0)
-    ids_BT = rng.integers(0, 49152, (1, prompt + tokens))
-    mask_BT = np.ones_like(ids_BT)
-    prefill, steps = [], []
-    for _ in range(4):  # the first of them warms up
-        start = perf_counter()
-        _, past = generator.step(ids_BT[:, :prompt], mask_BT[:, :prompt], generator.empty_cache(1))
-        prefill.append(perf_counter() - start)
-        for end in range(prompt + 1, prompt + tokens + 1):
-            start = perf_counter()
-            _, past = generator.step(ids_BT[:, end - 1 : end], mask_BT[:, :end], past)
-            steps.append(perf_counter() - start)
-    return {"prompt_ms": median(prefill[1:]) * 1e3, "token_ms": median(steps[tokens:]) * 1e3}
-
-
-def export_decoder(folder: Path, density: float | None) -> Path:
-    """The file of a dense decoder, or of a sparse one of some density."""
-    model = make_decoder()
-    if density is not None:
-        lte.transform(model, lte.TransformConfig(expert_size=EXPERT_SIZE, grouping=lte.Grouping.CONTIGUOUS))
-        lte.set_stage(model, "hard")
-        set_decoder_density(model, density)
-    path = folder / f"{density}.onnx"
-    lte.export_onnx(model, path, kv_cache=True, dtype=DTYPE, dense=density is None)
-    return path
-
-
-def measure_decoder(densities: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Exporting takes a minute each: in processes of their own, all done before anything is timed."""
-    with tempfile.TemporaryDirectory() as name:
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            kinds = (None, *densities)
-            paths = list(pool.map(partial(export_decoder, Path(name)), kinds))
-        for density, path in zip(kinds, paths, strict=True):
-            yield {"model": "dense" if density is None else "sparse", "density": density, **time_decoder(path)}
-
-
-def measurements(names: Sequence[str], bandwidth: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def measurements(names: Sequence[str], bandwidth: float, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where in the report each line belongs, and the line."""
     for work in (work for work in WORKLOADS if work.name in names):
         for tokens in TOKENS:
             yield from (("ffns", asdict(row)) for row in measure(work, tokens, bandwidth))
     if "decoder" in names:
-        yield from (("decoder", line) for line in measure_decoder(DECODER_DENSITIES))
+        yield from (("decoder", line) for line in measure_decoders(folder))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     names = [*(work.name for work in WORKLOADS), "decoder"]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to measure")
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="what to measure; nothing: export only")
+    parser.add_argument("--folder", type=Path, help="where the decoders' files stay, and are found again")
     arguments = parser.parse_args()
     if PROVIDER not in ort.get_available_providers():
         sys.stderr.write("benchmarks.ort_cuda needs onnxruntime-gpu\n")
         return 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if not arguments.only:
+            export_decoders(folder)
+        else:
+            report_on(arguments.only, folder, arguments.output)
+    return 0
+
+
+def report_on(names: Sequence[str], folder: Path, output: Path | None) -> None:
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"environment": asdict(describe_environment()), "onnxruntime": ort.__version__}
     report |= {"gpu": torch.cuda.get_device_name(), "copy_GB_per_s": bandwidth / 1e9, "ffns": [], "decoder": []}
-    for place, line in measurements(arguments.only, bandwidth):
+    for place, line in measurements(names, bandwidth, folder):
         report[place].append(line)
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
-        if arguments.output is not None:  # each time: a run that is cut off keeps what it measured
-            write(arguments.output, report)
-    return 0
+        if output is not None:  # each time: a run that is cut off keeps what it measured
+            write(output, report)
 
 
 if __name__ == "__main__":

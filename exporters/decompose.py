@@ -33,7 +33,13 @@ NODE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not_a_node(
-    x: Tensor, w_router: Tensor, b_router: Tensor | None, w_up: Tensor, activation: str, expert_offsets: Tensor | None
+    x: Tensor,
+    w_router: Tensor,
+    b_router: Tensor | None,
+    w_up: Tensor,
+    activation: str,
+    expert_offsets: Tensor | None,
+    x_router: Tensor | None,
 ) -> str | None:
     """Why a `lte::sparse_ffn` call cannot be one `SparseFFN` node, or None when it can."""
     if is_program(activation):
@@ -42,6 +48,8 @@ def why_not_a_node(
         return "experts of unequal sizes have no ONNX operator"
     if x.dtype not in NODE_DTYPES:
         return f"{x.dtype} has no ONNX operator; export in float32, float16 or bfloat16"
+    if x_router is not None and x_router.dtype != x.dtype:
+        return f"input is {x.dtype} but the router reads {x_router.dtype}; give the model one dtype"
     others = [t.dtype for t in (w_router, b_router, w_up) if t is not None and t.dtype != x.dtype]
     if others:
         return f"input is {x.dtype} but a weight is {others[0]}; give the model one dtype"
@@ -64,14 +72,14 @@ def _sparse_ffn(
     expert_offsets: Tensor | None = None,
     constants: Sequence[Tensor] | None = None,
     density: float | None = None,
+    x_router: Tensor | None = None,
 ) -> Any:
-    if why_not_a_node(x, w_router, b_router, w_up, activation, expert_offsets) is None:
+    if why_not_a_node(x, w_router, b_router, w_up, activation, expert_offsets, x_router) is None:
         return NotImplemented  # torch's way to say: keep the op
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     given = tuple(constants or ())
-    return sparse_ffn_reference(
-        SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, given)
-    )
+    call = SparseFfnCall(x, w_router, b_router, weights, activation, expert_size, tau, expert_offsets, given)
+    return sparse_ffn_reference(call._replace(router_x_C=x_router))
 
 
 def _expert_ffn(
@@ -141,7 +149,7 @@ def find_masked_dense(
     return tuple(found)
 
 
-_NODE_ARGUMENTS = ("x", "w_router", "b_router", "w_up", "activation", "expert_offsets")
+_NODE_ARGUMENTS = ("x", "w_router", "b_router", "w_up", "activation", "expert_offsets", "x_router")
 
 
 def _why_masked(node: fx.Node) -> str | None:

@@ -42,13 +42,15 @@ ACTIVATION_BODIES: Final[dict[str, str]] = {
 class Variant:
     """What the body of a `SparseFFN` depends on; threshold and expert size stay attributes.
 
-    `biases` are the optional bias inputs that are given. `ragged` says that the last expert holds fewer neurons.
+    `biases` are the optional bias inputs that are given. `ragged` says that the last expert holds fewer neurons,
+    `router_input` that the router reads `x_router` instead of x.
     """
 
     activation: str
     gated: bool
     biases: tuple[str, ...] = ()
     ragged: bool = False
+    router_input: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATION_BODIES:
@@ -63,6 +65,7 @@ class Variant:
             "gated" if self.gated else "plain",
             *self.biases,
             *(["ragged"] if self.ragged else []),
+            *(["x_router"] if self.router_input else []),
         ]
         return ".".join(parts)
 
@@ -81,7 +84,7 @@ def sparse_ffn_function(variant: Variant, *, opset: int, overload: str = "") -> 
 def _router(variant: Variant) -> list[str]:
     """`selected` [..., E]; in float32 whatever the type of x, as in the kernels."""
     lines = [
-        "x_f32 = Cast <to = 1> (x)",
+        f"x_f32 = Cast <to = 1> ({'x_router' if variant.router_input else 'x'})",
         "router_f32 = Cast <to = 1> (w_router)",
         "router_t = Transpose <perm = [1, 0]> (router_f32)",
         "logits = MatMul (x_f32, router_t)",

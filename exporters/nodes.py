@@ -129,6 +129,7 @@ def _variant(node: ir.Node) -> Variant:
         gated=described.gated,
         biases=tuple(name for name in _BIASES if _input(node, name) is not None),
         ragged=described.neurons % described.expert_size != 0,
+        router_input=_input(node, "x_router") is not None,
     )
 
 

@@ -114,7 +114,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _for_one_token(dtype: str, width: str, lists: tuple[int, ...]) -> Iterator[Variant]:
-    aligned = ("*", "D", "ROW_STRIDE") if width == "wide" else ()
+    aligned = ("*", "D", "ROUTER_D", "ROW_STRIDE") if width == "wide" else ()
     for gated in (False, True):
         constants = _activation(gated) | {"BIAS_STRIDE": 1, "ROWS": TILES["one_up_rows"], "BLOCK": 1024, "STAGES": 1}
         yield Variant(

@@ -2,9 +2,10 @@
 
 Shape suffixes: T tokens (any leading axes), D model width, F neurons, E experts, S neurons per expert.
 
-    y = (h * [sigmoid(x w_router^T + b_router) > threshold] per neuron) w_down + b_down
+    y = (h * [sigmoid(r w_router^T + b_router) > threshold] per neuron) w_down + b_down
     h = act(x w_gate^T + b_gate) * (x w_up^T + b_up)      when gated
     h = act(x w_up^T + b_up)                              when plain
+    r = x_router where it is given, and w_router is [E, C]; else x
 
 Every weight is stored once and neuron-major: row f of `w_up`, `w_gate` and `w_down` holds all that neuron f needs, and
 expert e is the contiguous rows [e * S, min((e + 1) * S, F)). A kernel that skips experts then reads whole rows; the
@@ -32,6 +33,7 @@ INPUTS: Final[tuple[tuple[str, str, bool], ...]] = (
     ("b_up", "[F]", False),
     ("b_gate", "[F]", False),
     ("b_down", "[D]", False),
+    ("x_router", "[..., C]", False),
 )
 INPUT_NAMES: Final = tuple(name for name, _, _ in INPUTS)
 

@@ -38,6 +38,7 @@ def _sparse_ffn(
     expert_offsets: Any = None,  # decompose.to_standard_ops left no node that has them
     constants: Any = None,  # likewise
     density: float | None = None,  # a hint for kernels that are chosen when a call is made
+    x_router: Any = None,
 ) -> Any:
     lte = values.Opset(schema.DOMAIN, schema.VERSION)
     w_down_FD = op.Transpose(w_down, perm=[1, 0])  # nn.Linear keeps [D, F]; nodes.bake_weights folds this away
@@ -51,6 +52,7 @@ def _sparse_ffn(
         b_up,
         b_gate,
         b_down,
+        *([] if x_router is None else [x_router]),
         activation=activation,
         expert_size=expert_size,
         gated=int(w_gate is not None),

@@ -63,6 +63,7 @@ def hidden_of(
 @triton.jit
 def route_up(
     x_ptr,
+    router_x_ptr,  # what the router reads: mostly x
     router_ptr,
     router_bias_ptr,
     up_ptr,
@@ -76,6 +77,7 @@ def route_up(
     tau,
     F,
     D: tl.constexpr,
+    ROUTER_D: tl.constexpr,
     ROW_STRIDE: tl.constexpr,  # from one neuron to the next in up and gate: 2 D in a projection of interleaved halves
     BIAS_STRIDE: tl.constexpr,
     EXPERT_SIZE: tl.constexpr,
@@ -98,10 +100,10 @@ def route_up(
 
     columns_B = tl.arange(0, BLOCK)
     score_B = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, ROUTER_D, BLOCK, num_stages=STAGES):
         column_B = start + columns_B
-        x_B = tl.load(x_ptr + column_B, mask=column_B < D, other=0.0).to(tl.float32)
-        w_B = tl.load(router_ptr + expert.to(tl.int64) * D + column_B, mask=column_B < D, other=0.0)
+        x_B = tl.load(router_x_ptr + column_B, mask=column_B < ROUTER_D, other=0.0).to(tl.float32)
+        w_B = tl.load(router_ptr + expert.to(tl.int64) * ROUTER_D + column_B, mask=column_B < ROUTER_D, other=0.0)
         score_B += x_B * w_B.to(tl.float32)
     score = tl.sum(score_B, 0)
     if router_bias_ptr is not None:

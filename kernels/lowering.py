@@ -155,8 +155,6 @@ def _refuse_fused(request: Request) -> str | None:
         return "serves x, router and projections of one half-precision type"
     if request.own_router_input:
         return "the router must read what the FFN reads"
-    if request.own_router_input:
-        return "router and projections must read one tensor; the router has features of its own"
     layer_bytes = _layer_bytes(request)
     if layer_bytes > SMALL_LAYER_BYTES:
         return f"serves layers up to {SMALL_LAYER_BYTES / 1e6:.0f} MB; this one has {layer_bytes / 1e6:.0f} MB"

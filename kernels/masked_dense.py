@@ -20,6 +20,7 @@ from lte_compile.kernels.prefill_kernels import mask_hidden
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+from lte_compile.kernels.triton_launch import tokens_of
 
 ROUTER_LANE, UP_LANE = 0, 1
 
@@ -35,9 +36,10 @@ class MaskConfig:
 def sparse_ffn_masked_dense(call: SparseFfnCall, config: MaskConfig | None = None) -> Tensor:
     """Any number of tokens, experts of one size; only the last may be smaller."""
     weights = call.weights
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    x_TD = tokens_of(call.x_D)
     wide_TD = x_TD.to(weights.up_FD.dtype)
-    parts = router_parts(*x_TD.shape)
+    router_x_TC = tokens_of(call.router_input)
+    parts = router_parts(*router_x_TC.shape)
     logits_STE = torch.empty(parts, len(x_TD), len(call.router_ED), dtype=torch.float32, device=x_TD.device)
     up_TF = torch.empty(len(x_TD), len(weights.up_FD), dtype=wide_TD.dtype, device=x_TD.device)
     gate_TF = None if weights.gate_FD is None else torch.empty_like(up_TF)
@@ -45,7 +47,7 @@ def sparse_ffn_masked_dense(call: SparseFfnCall, config: MaskConfig | None = Non
         with beside(x_TD, UP_LANE):
             _project(wide_TD, weights.up_FD, weights.up_bias_F, up_TF)
         with beside(x_TD, ROUTER_LANE):
-            router_product(x_TD, call.router_ED, logits_STE)
+            router_product(router_x_TC, call.router_ED, logits_STE)
         if weights.gate_FD is not None and gate_TF is not None:
             _project(wide_TD, weights.gate_FD, weights.gate_bias_F, gate_TF)
         rejoin(x_TD, UP_LANE)

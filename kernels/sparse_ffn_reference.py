@@ -1,6 +1,7 @@
 """The reference of lte::sparse_ffn, and the call that every implementation of it takes.
 
-Shape suffixes: T tokens (all leading dimensions), D model width, F neurons, E experts.
+Shape suffixes: T tokens (all leading dimensions), D model width, F neurons, E experts, C columns that the router
+reads.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ class SparseFfnCall(NamedTuple):
     offsets_E1: Tensor | None
     constants: tuple[Tensor, ...] = ()  # of a region program given as `activation`
     density: float | None = None  # share of active experts to expect: guides the choice of a kernel, never the result
+    router_x_C: Tensor | None = None  # what the router reads, [..., C], where that is not x
+
+    @property
+    def router_input(self) -> Tensor:
+        """x, or what the router reads in its place: the router's weight has as many columns."""
+        return self.x_D if self.router_x_C is None else self.router_x_C
 
 
 def active_experts(call: SparseFfnCall) -> Tensor:
     """Bool [..., E]: score > tau, decided in fp32 (fp64 for fp64 x) on x as it came. NaN > tau is False."""
-    return route_reference(call.x_D, call.router_ED, call.router_bias_E) > call.tau
+    return route_reference(call.router_input, call.router_ED, call.router_bias_E) > call.tau
 
 
 def sparse_ffn_reference(call: SparseFfnCall) -> Tensor:

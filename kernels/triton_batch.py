@@ -26,7 +26,7 @@ from lte_compile.kernels.skipping_cost import expected_union
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.kernels.triton_decode import is_large
 from lte_compile.kernels.triton_decode_list import sparse_ffn_decode_list
-from lte_compile.kernels.triton_launch import launch_options
+from lte_compile.kernels.triton_launch import launch_options, tokens_of
 
 MIN_DOT = 16  # tl.dot's smallest side
 # Up to this share of active experts, longer steps are faster: fewer programs have work, and each must read faster.
@@ -74,7 +74,7 @@ def default_config(width: int, expert_size: int, union: float = 1.0) -> BatchCon
 
 def sparse_ffn_batch(call: SparseFfnCall, config: BatchConfig | None = None) -> Tensor:
     """2 to 64 tokens. The down-projection is neuron-major, all else contiguous; only the last expert may be smaller."""
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    x_TD = tokens_of(call.x_D)
     union = 1.0 if call.density is None else expected_union(len(x_TD), call.density)
     if config is None and len(x_TD) <= MAX_LISTED_TOKENS and union <= LISTED_UNION and is_large(call):
         return sparse_ffn_decode_list(call)
@@ -83,7 +83,7 @@ def sparse_ffn_batch(call: SparseFfnCall, config: BatchConfig | None = None) -> 
     flags = torch.empty(experts + triton.cdiv(out_width, config.down_block), dtype=torch.int32, device=x_TD.device)
     active_E, arrived = flags[:experts], flags[experts:]
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
-        parts_EST = _score_parts(call, x_TD, arrived, config)
+        parts_EST = _score_parts(call, arrived, config)
         hidden_TF = _gate_up(call, x_TD, parts_EST, active_E, config)
         y_TD = _down(call, hidden_TF, active_E, arrived, config)
     return y_TD.view(*call.x_D.shape[:-1], out_width)
@@ -93,14 +93,15 @@ def _padded(tokens: int) -> int:
     return max(MIN_DOT, int(triton.next_power_of_2(tokens)))
 
 
-def _score_parts(call: SparseFfnCall, x_TD: Tensor, arrived: Tensor, config: BatchConfig) -> Tensor:
+def _score_parts(call: SparseFfnCall, arrived: Tensor, config: BatchConfig) -> Tensor:
     """Launch 1: the parts [E, S, T] that each score is the sum of, in fp32; clears the counters of launch 3."""
-    (tokens, width), experts = x_TD.shape, call.router_ED.shape[0]
+    x_TC = tokens_of(call.router_input)
+    (tokens, width), experts = x_TC.shape, call.router_ED.shape[0]
     span = triton.cdiv(triton.cdiv(width, config.score_splits), config.score_block) * config.score_block
     splits = triton.cdiv(width, span)
-    parts_EST = torch.empty(experts, splits, tokens, dtype=torch.float32, device=x_TD.device)
+    parts_EST = torch.empty(experts, splits, tokens, dtype=torch.float32, device=x_TC.device)
     score_parts[(triton.cdiv(experts, config.score_experts), splits)](
-        x_TD,
+        x_TC,
         call.router_ED,
         parts_EST,
         arrived,
@@ -112,9 +113,9 @@ def _score_parts(call: SparseFfnCall, x_TD: Tensor, arrived: Tensor, config: Bat
         TOKENS=_padded(tokens),
         BLOCK_EXPERTS=config.score_experts,
         BLOCK=config.score_block,
-        UPCAST=x_TD.dtype != call.router_ED.dtype,
+        UPCAST=x_TC.dtype != call.router_ED.dtype,
         STAGES=config.score_stages,
-        **launch_options(x_TD.device, config.score_warps),
+        **launch_options(x_TC.device, config.score_warps),
     )
     return parts_EST
 

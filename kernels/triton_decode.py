@@ -73,15 +73,15 @@ def sparse_ffn_decode(call: SparseFfnCall) -> Tensor:
 def is_large(call: SparseFfnCall) -> bool:
     """Whether the kernels over a list of experts can serve the layer, and are the faster ones."""
     up_FD = call.weights.up_FD
-    return up_FD.nbytes >= LARGE_BYTES and up_FD.shape[1] <= MAX_WIDTH
+    return up_FD.nbytes >= LARGE_BYTES and max(up_FD.shape[1], call.router_ED.shape[1]) <= MAX_WIDTH
 
 
 def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
     """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
-    x_D, router_ED, router_bias_E, weights, activation, expert_size, tau, _, constants, _ = call
+    x_D, router_EC, router_bias_E, weights, activation, expert_size, tau, _, constants, *_ = call
     num_neurons, width = weights.up_FD.shape
-    out_width, num_experts = weights.down_DF.shape[0], router_ED.shape[0]
+    out_width, num_experts = weights.down_DF.shape[0], router_EC.shape[0]
     config = config or default_config(call)
     blocks = triton.cdiv(out_width, config.down_block)
     hidden_F = torch.empty(num_neurons, dtype=torch.float32, device=x_D.device)
@@ -92,7 +92,8 @@ def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = N
     with torch.cuda.device_of(x_D):  # type: ignore[no-untyped-call]
         route_up[(num_experts * triton.cdiv(expert_size, config.up_rows),)](
             x_D.contiguous(),
-            router_ED,
+            call.router_input.contiguous(),
+            router_EC,
             router_bias_E,
             weights.up_FD,
             weights.gate_FD,
@@ -105,6 +106,7 @@ def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = N
             tau,
             num_neurons,
             D=width,
+            ROUTER_D=router_EC.shape[1],
             ROW_STRIDE=weights.up_FD.stride(0),
             BIAS_STRIDE=1 if weights.up_bias_F is None else weights.up_bias_F.stride(0),
             EXPERT_SIZE=expert_size,

@@ -25,7 +25,7 @@ from lte_compile.kernels.decode_list_kernels import compute_hidden, project_down
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.kernels.triton_launch import gpu_of, launch_options
+from lte_compile.kernels.triton_launch import gpu_of, launch_options, tokens_of
 
 MAX_TOKENS = 4  # every token's sums stay in registers
 MAX_WIDTH = 8192  # so does a whole token
@@ -62,23 +62,24 @@ def sparse_ffn_decode_list(call: SparseFfnCall, config: ListConfig | None = None
     """The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
     config = config or default_config(call)
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    x_TD = tokens_of(call.x_D)
     experts, out_width = call.router_ED.shape[0], call.weights.down_DF.shape[0]
     blocks = triton.cdiv(out_width, config.down_block)
     flags = torch.empty(experts + blocks, dtype=torch.int32, device=x_TD.device)
     selected_E, arrived = flags[:experts], flags[experts:]
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
-        _score(call, x_TD, selected_E, arrived, config)
+        _score(call, selected_E, arrived, config)
         hidden_TF = _hidden(call, x_TD, selected_E, config)
         y_TD = _down(call, hidden_TF, selected_E, arrived, config)
     return y_TD.view(*call.x_D.shape[:-1], out_width)
 
 
-def _score(call: SparseFfnCall, x_TD: Tensor, selected_E: Tensor, arrived: Tensor, config: ListConfig) -> None:
+def _score(call: SparseFfnCall, selected_E: Tensor, arrived: Tensor, config: ListConfig) -> None:
     """Launch 1; clears the counters of launch 3."""
-    tokens, width = x_TD.shape
+    x_TC = tokens_of(call.router_input)
+    tokens, width = x_TC.shape
     score_expert[(len(selected_E),)](
-        x_TD,
+        x_TC,
         call.router_ED,
         call.router_bias_E,
         selected_E,
@@ -89,7 +90,7 @@ def _score(call: SparseFfnCall, x_TD: Tensor, selected_E: Tensor, arrived: Tenso
         WIDTH=triton.next_power_of_2(width),
         TOKENS=triton.next_power_of_2(tokens),
         COUNTERS=len(arrived),
-        **launch_options(x_TD.device, config.score_warps),
+        **launch_options(x_TC.device, config.score_warps),
     )
 
 

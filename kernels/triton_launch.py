@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETED
     return _facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """[tokens, columns] of [..., columns], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def launch_options(device: torch.device, warps: int, early: bool = False) -> dict[str, Any]:

@@ -27,21 +27,23 @@ from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.kernels.token_lists import TokenLists, list_tokens
+from lte_compile.kernels.triton_launch import tokens_of
 
 
 def sparse_ffn_prefill(call: SparseFfnCall, config: GroupedTile | None = None) -> Tensor:
     """At least one token; up and gate have rows of equal strides, all else is contiguous; only the last expert may be
     smaller. The down-projection may have either layout. `call.density` only chooses a tile."""
     weights = call.weights
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    x_TD = tokens_of(call.x_D)
     config = config or grouped_tile(len(x_TD) * (call.density or 1.0), call.expert_size, weights.up_FD.dtype)
-    parts = router_parts(*x_TD.shape)
+    router_x_TC = tokens_of(call.router_input)
+    parts = router_parts(*router_x_TC.shape)
     logits_SET = torch.empty(parts, len(call.router_ED), len(x_TD), dtype=torch.float32, device=x_TD.device)
     hidden_TF = torch.empty(len(x_TD), len(weights.up_FD), dtype=weights.up_FD.dtype, device=x_TD.device)
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
         with beside(x_TD):
             hidden_TF.zero_()
-        router_product(call.router_ED, x_TD, logits_SET)
+        router_product(call.router_ED, router_x_TC, logits_SET)
         lists = list_tokens(logits_SET.mT, call.tau, bias_E=call.router_bias_E, are_logits=True)
         rejoin(x_TD)
         _listed_up(call, x_TD.to(hidden_TF.dtype), lists, hidden_TF, config)

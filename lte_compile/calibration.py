@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 from lte_compile.attach import follow_ffn
 from lte_compile.config import Stage
-from lte_compile.modes import eval_mode, in_stage, on_device
+from lte_compile.modes import eval_mode, for_layers, in_stage, on_device
 from lte_compile.naming import current_sites
 from lte_compile.padding import PaddingReader, drop_padding
 from lte_compile.passes.ir import FfnSite, WeightLayout
+from lte_compile.permutation import up_projection
 from lte_compile.places import locate
-from lte_compile.router_init import RidgeRouterFit
 from lte_compile.routing import Router, require_routers
 from lte_compile.tracing import RouterTrace, site_names, trace_routers
 
@@ -64,18 +65,13 @@ def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, r
     batches = list(batches)
     sites = current_sites(model)
     for number in range(rounds):
-        fits = {r: _ridge_fit(model, r, sites[r]) for r in found}
+        fits = {r: r.new_fit(down_norms(model, sites[r]), *up_projection(model, sites[r])) for r in found}
         with in_stage(model, Stage.HARD if number else Stage.DENSE):
             watch_ffns(model, batches, {sites[r]: fits[r].update for r in found})
         for router, fit in fits.items():
             router.threshold = router.config.threshold
             router.load_initial(*fit.solve(density, threshold=router.threshold))
     return model
-
-
-def _ridge_fit(model: nn.Module, router: Router, site: FfnSite) -> RidgeRouterFit:
-    norms_F = down_norms(model, site)
-    return RidgeRouterFit(norms_F, router.config.expert_size, width=site.width, seed=router.config.seed)
 
 
 def collect_activations(
@@ -133,7 +129,7 @@ def watch_ffns(model: nn.Module, batches: Iterable[Batch], watchers: Mapping[Ffn
     """
     with eval_mode(model), _watching(model, watchers):
         for batch in _at_least_one(batches):
-            model(**on_device(model, batch))
+            model(**for_layers(model, batch))
 
 
 def _at_least_one(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -181,7 +177,7 @@ def evaluate_routers(model: nn.Module, batches: Iterable[Batch]) -> RouterTrace:
     """The trace of the hard-stage model in eval mode over all batches: the density that counts."""
     with eval_mode(model), in_stage(model, Stage.HARD), trace_routers(model) as trace:
         for batch in _at_least_one(batches):
-            model(**on_device(model, batch))
+            model(**for_layers(model, batch))
     return trace
 
 
@@ -193,7 +189,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     trace = evaluate_routers(model, batches)
     levels = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
     for router, name in site_names(model).items():
-        scores = trace.scores(name).double().flatten().sort().values
+        scores = trace.scores(name).flatten().sort().values
         positions = (levels.to(scores.device) * (len(scores) - 1)).round().long()
         router.score_quantiles = tuple(scores[positions].tolist())
     return model
@@ -208,6 +204,24 @@ def place_thresholds(
         calibrate(model, batches)
         threshold = set_density(model, density)
     return threshold
+
+
+@torch.no_grad()
+def logit_shift(model: nn.Module, batches: Iterable[Batch], density: float) -> tuple[float, float]:
+    """What all routers' logits have to be lowered by for `density` of the neurons to be active; and the density now.
+
+    One number for all: layers keep the shares they learned. For routers that share one threshold, as in training.
+    """
+    calibrate(model, batches)
+    budget = _Budget(require_routers(model), 0.0, 1.0)
+    threshold = budget.routers[0].threshold
+    return _logit(budget.threshold_for(density)) - _logit(threshold), budget.density_at(threshold)
+
+
+def _logit(score: float) -> float:
+    """Of a score in float32, which may be 0 or 1."""
+    inside = min(max(score, torch.finfo(torch.float32).eps), 1 - torch.finfo(torch.float32).eps)
+    return math.log(inside / (1 - inside))
 
 
 def set_density(model: nn.Module, density: float, *, floor: float = 0.0, ceiling: float = 1.0) -> float:

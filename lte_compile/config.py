@@ -28,6 +28,13 @@ class Grouping(StrEnum):
     RANDOM = "random"
 
 
+class RouterKind(StrEnum):
+    """What computes an expert's score from the FFN's input. linear: the paper's. two-layer: see two_layer_router."""
+
+    LINEAR = "linear"
+    TWO_LAYER = "two-layer"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """How FFNs become routers plus experts.
@@ -40,6 +47,8 @@ class TransformConfig:
         selection: name of the rule that turns scores into gates in the hard stage (lte_compile.kernels.selection).
         router_bias: give routers a bias. The paper's have none; a bias lets a router be "on by default", which the
             regression initialisation (lte_compile.router_init) needs.
+        router: see `RouterKind`.
+        router_rank: features of a two-layer router; None leaves it to the width (lte_compile.two_layer_router).
     """
 
     expert_size: int = 32
@@ -48,9 +57,12 @@ class TransformConfig:
     threshold: float = 0.5
     selection: str = "threshold"
     router_bias: bool = True
+    router: RouterKind = RouterKind.LINEAR
+    router_rank: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grouping", _choice(Grouping, self.grouping, "grouping"))
+        object.__setattr__(self, "router", _choice(RouterKind, self.router, "router"))
         if isinstance(self.expert_size, bool) or not isinstance(self.expert_size, int) or self.expert_size < 1:
             raise ValueError(f"expert_size must be a whole number of neurons, at least 1; got {self.expert_size!r}")
         if not 0.0 < self.threshold < 1.0:
@@ -59,6 +71,16 @@ class TransformConfig:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number; got {self.seed!r}")
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        rank = self.router_rank
+        if rank is None:
+            return
+        if self.router is RouterKind.LINEAR:
+            raise ValueError(f"router_rank belongs to two-layer routers; got {rank!r} with router='linear'")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"router_rank must be a whole number of features, at least 1; got {rank!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` is its inverse."""

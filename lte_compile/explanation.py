@@ -133,6 +133,7 @@ def _fake_call(node: fx.Node) -> SparseFfnCall:
         given["expert_offsets"],
         tuple(given["constants"] or ()),
         given["density"],
+        given["x_router"],
     )
 
 

@@ -83,6 +83,29 @@ def projection_rows(model: nn.Module, site: FfnSite) -> Tensor:
     return _of_neurons(weight.flatten(1) if layout is WeightLayout.OUT_IN else weight.t(), site)
 
 
+def up_projection(model: nn.Module, site: FfnSite) -> tuple[Tensor, Tensor | None]:
+    """The up-projection's weight [F, D] and bias [F], also where one parameter holds the gate's too."""
+    weight = model.get_parameter(site.up).detach()
+    rows = weight.flatten(1) if site.up_layout is WeightLayout.OUT_IN else weight.t()
+    bias = None if site.up_bias is None else model.get_parameter(site.up_bias).detach()
+    neurons = _neurons_of_up(site)
+    return rows[neurons], None if bias is None else bias[neurons]
+
+
+def _neurons_of_up(site: FfnSite) -> slice:
+    """Which rows of the up parameter are the up-projection's."""
+    start, hidden = site.up_start, site.hidden
+    match site.fusion:
+        case Fusion.SEPARATE | Fusion.UP_THEN_GATE:
+            return slice(start, start + hidden)
+        case Fusion.GATE_THEN_UP:
+            return slice(start + hidden, start + 2 * hidden)
+        case Fusion.INTERLEAVED_GATE_FIRST:
+            return slice(start + 1, start + 2 * hidden, 2)
+        case Fusion.INTERLEAVED_UP_FIRST:
+            return slice(start, start + 2 * hidden, 2)
+
+
 def projection_bias(model: nn.Module, site: FfnSite) -> Tensor | None:
     """The bias that goes with `projection_rows`, [F], if there is one."""
     name = site.up_bias if site.gate is None else site.gate_bias

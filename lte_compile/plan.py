@@ -18,6 +18,7 @@ from lte_compile.kernels.selection import find_rule
 from lte_compile.naming import current_sites, renamed
 from lte_compile.passes.ir import FfnSite
 from lte_compile.permutation import lay_out_neuron_major
+from lte_compile.router_kinds import new_router
 from lte_compile.routing import Router, require_routers, routers
 
 PLAN_FORMAT = 2  # raise it when a plan written now could be misread by an earlier version
@@ -125,7 +126,7 @@ def restore_routers(model: nn.Module, plans: Sequence[SitePlan]) -> None:
 
 
 def _router(model: nn.Module, plan: SitePlan, site: FfnSite) -> Router:
-    router = Router(site, plan.config, like=model.get_parameter(site.up))
+    router = new_router(site, plan.config, like=model.get_parameter(site.up))
     router.stage, router.rule = plan.stage, plan.rule
     router.threshold, router.score_quantiles = plan.threshold, plan.score_quantiles
     return router.train(model.training)

@@ -17,6 +17,7 @@ from lte_compile.config import Stage, TransformConfig, parse_stage
 from lte_compile.kernels.selection import find_rule
 from lte_compile.passes.ir import FfnSite
 from lte_compile.recomputation import recomputing, rejoin_losses
+from lte_compile.router_init import RidgeRouterFit, RouterFit
 
 # The rule of each stage unless set_stage names another; the hard stage's is in the config.
 _STAGE_RULES = {Stage.DENSE: "dense", Stage.SOFT: "soft"}
@@ -45,7 +46,7 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = -(-site.hidden // config.expert_size)
         like = torch.empty(0) if like is None else like
-        self.weight = nn.Parameter(like.new_empty(self.num_experts, site.width))
+        self.weight = nn.Parameter(like.new_empty(self.num_experts, self.input_width))
         bias = like.new_zeros(self.num_experts) if config.router_bias else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.stage = Stage.DENSE
@@ -98,20 +99,39 @@ class Router(nn.Module):
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """What the rule selects by, [T, E]. Routers of other kinds (lte_compile.baselines) have scores of their own."""
-        scores_TE: Tensor = torch.ops.lte.route(x_TD, self.weight, self.bias)
+        scores_TE: Tensor = torch.ops.lte.route(self.router_input(x_TD), self.weight, self.bias)
         return scores_TE
+
+    def router_input(self, x_TD: Tensor) -> Tensor:
+        """What `weight` is multiplied by, [T, `input_width`]; here the FFN's own input."""
+        return x_TD
+
+    @property
+    def input_width(self) -> int:
+        """Columns of `weight`."""
+        return self.site.width
 
     @property
     def weights_read(self) -> int:
         """Entries of the matrices that one token's scores take."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
+    def initial_state(self, weight_ED: Tensor, bias_E: Tensor) -> dict[str, Tensor]:
+        """The parameters that score as this linear router does, by name; the bias only if this router has one."""
+        return {"weight": weight_ED} if self.bias is None else {"weight": weight_ED, "bias": bias_E}
+
     @torch.no_grad()
-    def load_initial(self, weight_ED: Tensor, bias_E: Tensor) -> None:
-        """Take weights to start from (lte_compile.router_init); the bias only if this router has one."""
-        self.weight.copy_(weight_ED)
-        if self.bias is not None:
-            self.bias.copy_(bias_E)
+    def load_initial(self, *weights: Tensor) -> None:
+        """Take weights to start from (lte_compile.router_init): what `initial_state` or this kind's fit gives."""
+        for name, tensor in self.initial_state(*weights).items():
+            self.get_parameter(name).copy_(tensor)
+
+    def new_fit(self, down_norms_F: Tensor, up_FD: Tensor, up_bias_F: Tensor | None) -> RouterFit:
+        """What learns this router's weights from data; its solution is for `load_initial`.
+
+        It may look at the FFN: at the lengths of the down-projection's vectors and at the up-projection.
+        """
+        return RidgeRouterFit(down_norms_F, self.config.expert_size, width=self.site.width, seed=self.config.seed)
 
     @property
     def active_rule(self) -> str:

@@ -116,7 +116,7 @@ def plan_stream(source: Path, config: TransformConfig, *, dtype: torch.dtype | N
     except RuntimeError as error:  # what tracers raise on control flow that depends on data
         return f"the model cannot be traced without its weights ({str(error).splitlines()[0]})"
     for router in require_routers(model):
-        router.config = config
+        router.config = replace(router.config, grouping=config.grouping)
     shard_of = {name: shard for shard in shards for name in shard.entries}
     keys = _names_in_files(model, shard_of)
     plan = StreamPlan(source, model, config, shards, shard_of, keys, frozenset(info["unexpected_keys"]))
@@ -213,9 +213,8 @@ def _group(plan: StreamPlan, router: Router, output: Output) -> Tensor:
             )
         )
         weight_ED, bias_E = centroid_router(rows_FD[order_F], plan.config.expert_size)
-    output.write(f"{site.router_path}.weight", weight_ED.to(router.weight.dtype))
-    if router.bias is not None:
-        output.write(f"{site.router_path}.bias", bias_E.to(router.bias.dtype))
+    for name, tensor in router.initial_state(weight_ED, bias_E).items():
+        output.write(f"{site.router_path}.{name}", tensor.to(router.weight.dtype))
     return order_F
 
 

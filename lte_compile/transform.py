@@ -23,6 +23,7 @@ from lte_compile.passes.ir import FfnSite
 from lte_compile.permutation import permute_neurons, projection_rows
 from lte_compile.places import locate, name_routers
 from lte_compile.router_init import centroid_router
+from lte_compile.router_kinds import new_router
 from lte_compile.routing import Router, routers
 
 
@@ -135,7 +136,7 @@ def _plan_site(
             name=site.name or "the model's FFN",
         )
     )
-    router = Router(site, config, like=model.get_parameter(site.up))
+    router = new_router(site, config, like=model.get_parameter(site.up))
     weight_ED, bias_E = centroid_router(rows_FD[order_F], config.expert_size)
     router.load_initial(weight_ED, bias_E)
     router.train(model.training)
@@ -151,7 +152,7 @@ def _plan_without_weights(model: nn.Module, site: FfnSite, config: TransformConf
             "weights first, or keep their order with grouping='contiguous'"
         )
     check_expert_size(config.expert_size, site.hidden, site.name or "the model's FFN")
-    router = Router(site, config, like=model.get_parameter(site.up))
+    router = new_router(site, config, like=model.get_parameter(site.up))
     return _PlannedSite(site, torch.arange(site.hidden), router.train(model.training))
 
 

@@ -10,8 +10,10 @@ import torch.fx as fx
 
 from lte_compile.kernels.program import is_program
 from lte_compile.passes.anchors import arguments, computed_value, is_lte, lte_nodes
-from lte_compile.passes.building import LIMIT_REACHED, Builder
+from lte_compile.passes.building import LIMIT_REACHED, Builder, leading_sizes, same_sizes
+from lte_compile.passes.dataflow import shape_of
 from lte_compile.passes.ir import CapturedGraph, Level, PassReport, Rejection
+from lte_compile.passes.layout import same_width_views
 
 LOWERED_RULE = "threshold"
 # Why the gates of another rule cannot become lte.sparse_ffn's own [score > tau].
@@ -29,7 +31,7 @@ class LowerSparse:
         gates = lte.select(lte.route(x, w, b), "threshold", tau)
         y = lte.expert_ffn(x, gates, ...)   ==>   y = lte.sparse_ffn(x, w, b, ..., tau)
 
-    1. Only where router and FFN read the same x.
+    1. Where the router reads another tensor than the FFN (a two-layer router's features), it becomes `x_router`.
     2. Only rule "threshold"; other rules keep lte.expert_ffn.
     3. Scores or gates read elsewhere (a traced router) keep their nodes, and lte.expert_ffn with them.
     """
@@ -68,8 +70,8 @@ def lowering_obstacle(node: fx.Node) -> str | None:
     route = computed_value(selection["scores"])
     if not is_lte(route, "route"):
         return f"its scores come from {route.name}, not from lte.route in this graph"
-    if computed_value(arguments(route)["x"]) is not computed_value(given["x"]):
-        return "its router reads another tensor than the FFN"
+    if not _lines_up(arguments(route)["x"], given["x"]):
+        return "its router's input and its own group tokens differently"
     if len(route.users) > 1:
         return "its scores are read elsewhere"
     return None
@@ -83,14 +85,37 @@ def _rewrite(graph: CapturedGraph, node: fx.Node) -> str:
     optional: tuple[Any, ...] = () if given["expert_offsets"] is None else (given["expert_offsets"],)
     if given["constants"]:
         optional = (given["expert_offsets"], given["constants"])
-    lowered = Builder(graph, node).call(
+    builder = Builder(graph, node)
+    hints = {"density": selection["density"], "x_router": _router_input(builder, router["x"], given["x"])}
+    lowered = builder.call(
         torch.ops.lte.sparse_ffn.default,
         *(given["x"], router["weight"], router["bias"], *weights),
         *(given["activation"], given["expert_size"], selection["tau"], *optional),
-        **({} if selection["density"] is None else {"density": selection["density"]}),
+        **{name: value for name, value in hints.items() if value is not None},
     )
     node.replace_all_uses_with(lowered)
     return f"{_down_name(graph, node)}: {node.name} became {lowered.name}, kernel {_kernel(given['activation'])}"
+
+
+def _lines_up(read: fx.Node, x: fx.Node) -> bool:
+    """Whether what the router reads is x, or has a view whose tokens are grouped as those of x."""
+    return _is_same(read, x) or len(shape_of(x)) == 2 or _view_like(read, x) is not None
+
+
+def _router_input(builder: Builder, read: fx.Node, x: fx.Node) -> fx.Node | None:
+    """What the router reads, its tokens grouped as those of x; None where that is x."""
+    if _is_same(read, x):
+        return None
+    return _view_like(read, x) or builder.reshape(read, [-1, shape_of(read)[-1]])
+
+
+def _is_same(read: fx.Node, x: fx.Node) -> bool:
+    return computed_value(read) is computed_value(x)
+
+
+def _view_like(read: fx.Node, x: fx.Node) -> fx.Node | None:
+    views = same_width_views(read)
+    return next((view for view in views if same_sizes(leading_sizes(view), leading_sizes(x))), None)
 
 
 def _kernel(activation: str) -> str:

@@ -1,6 +1,7 @@
 // What one SparseFFN node says: its attributes, checked when a session is made, and its tensors, checked in every call.
 //
-// Shapes: T tokens (all leading axes of x), D model width, F neurons, E experts, S neurons per expert.
+// Shapes: T tokens (all leading axes of x), D model width, F neurons, E experts, S neurons per expert, C columns of what
+// the router reads: x, if it is given nothing else.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,19 @@ struct Settings {
 Settings read_settings(const Api& api, const abi::OrtKernelInfo* info);
 
 // In the order of the operator's inputs (exporters/schema.py).
-enum Input : size_t { kX, kRouter, kRouterBias, kUp, kGate, kDown, kUpBias, kGateBias, kDownBias, kInputCount };
+enum Input : size_t {
+  kX,
+  kRouter,
+  kRouterBias,
+  kUp,
+  kGate,
+  kDown,
+  kUpBias,
+  kGateBias,
+  kDownBias,
+  kRouterX,
+  kInputCount
+};
 
 // Every input but these may be left out.
 constexpr bool is_required(size_t input) { return input == kX || input == kRouter || input == kUp || input == kDown; }
@@ -35,6 +48,9 @@ struct Tensors {
   int64_t width;
   int64_t neurons;
   int64_t experts;
+  int64_t router_width;  // C
+
+  const void* router_x() const { return data[data[kRouterX] == nullptr ? kX : kRouterX]; }
 };
 
 // Reads the inputs and checks every shape against the others. Throws BadInput. What a kernel does with the result

@@ -4,8 +4,8 @@ namespace lte {
 
 namespace {
 
-constexpr const char* kInputNames[kInputCount] = {"x",      "w_router", "b_router", "w_up",  "w_gate",
-                                                  "w_down", "b_up",     "b_gate",   "b_down"};
+constexpr const char* kInputNames[kInputCount] = {"x",      "w_router", "b_router", "w_up",   "w_gate",
+                                                  "w_down", "b_up",     "b_gate",   "b_down", "x_router"};
 
 struct Shapes {
   std::vector<int64_t> dims[kInputCount];
@@ -55,6 +55,19 @@ void check_experts(int64_t experts, int64_t neurons, int64_t expert_size) {
                    " neurons in experts of " + std::to_string(expert_size) + " make " + std::to_string(wanted));
 }
 
+// Columns of what the router reads.
+int64_t read_router_width(const Shapes& shapes) {
+  const std::vector<int64_t>& x = shapes.dims[kX];
+  if (!shapes.is_given[kRouterX]) return x.back();
+  std::vector<int64_t> wanted = shapes.dims[kRouterX];
+  if (wanted.empty() || wanted.back() == 0) throw BadInput("x_router is " + text(wanted) + "; it must have columns");
+  const int64_t width = wanted.back();
+  wanted = x;
+  wanted.back() = width;
+  check_shape(shapes, kRouterX, wanted, "[..., C], of the tokens of x,");
+  return width;
+}
+
 Shapes read_shapes(const Api& api, const abi::OrtKernelContext* context, Tensors& tensors) {
   Shapes shapes{};
   const size_t count = api.input_count(context);  // trailing optional inputs may be missing altogether
@@ -81,8 +94,9 @@ Tensors read_tensors(const Api& api, const abi::OrtKernelContext* context, const
   tensors.tokens = product(tensors.x_dims, tensors.x_dims.size() - 1);
   tensors.experts = shapes.dims[kRouter][0];
   tensors.neurons = shapes.dims[kUp][0];
-  const int64_t e = tensors.experts, f = tensors.neurons, d = tensors.width;
-  check_shape(shapes, kRouter, {e, d}, "[E, D]");
+  tensors.router_width = read_router_width(shapes);
+  const int64_t e = tensors.experts, f = tensors.neurons, d = tensors.width, c = tensors.router_width;
+  check_shape(shapes, kRouter, {e, c}, shapes.is_given[kRouterX] ? "[E, C]" : "[E, D]");
   check_shape(shapes, kUp, {f, d}, "[F, D]");
   check_shape(shapes, kGate, {f, d}, "[F, D]");
   check_shape(shapes, kDown, {f, d}, "[F, D]");

@@ -48,6 +48,7 @@ def draw_case(draw: random.Random) -> Case:
         gated=draw.random() < 0.5,
         biases=tuple(name for name in BIASES if draw.random() < 0.5),
         threshold=draw.choice((0.5, 0.5, draw.random(), -1.0, 0.0, 1.0, 2.0)),
+        router_width=draw.choice((None, None, *SIZES)),
     )
 
 
@@ -92,7 +93,7 @@ SPOILS: tuple[Spoil, ...] = (spoil_shape, spoil_shape, spoil_attribute, spoil_si
 
 def is_settled(case: Case, arrays: dict[str, Array]) -> bool:
     """No score so close to the threshold that float32 and float64 may disagree on it."""
-    x, w_router = arrays["x"].astype(np.float64), arrays["w_router"].astype(np.float64)
+    x, w_router = arrays.get("x_router", arrays["x"]).astype(np.float64), arrays["w_router"].astype(np.float64)
     scores = sigmoid(x @ w_router.T + arrays.get("b_router", 0.0))
     return bool((np.abs(scores - case.threshold) > 1e-5).all())
 

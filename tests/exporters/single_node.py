@@ -1,6 +1,6 @@
 """Models of one `SparseFFN` node whose tensors are all inputs of the graph, so that one session takes any shapes.
 
-Shape suffixes: T tokens (any leading axes), D model width, F neurons, E experts.
+Shape suffixes: T tokens (any leading axes), D model width, F neurons, E experts, C columns that the router reads.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Case:
     gated: bool = True
     biases: tuple[str, ...] = ("b_router", "b_up", "b_gate", "b_down")
     threshold: float = 0.5
+    router_width: int | None = None  # of an input of the router's own; None where it reads x
     attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)  # instead of what the fields above say
 
     @property
@@ -46,7 +47,7 @@ class Case:
     def given(self) -> tuple[str, ...]:
         """The inputs that the node has, in their order."""
         biases = {name for name in self.biases if self.gated or name != "b_gate"}
-        optional = biases | ({"w_gate"} if self.gated else set())
+        optional = biases | ({"w_gate"} if self.gated else set()) | ({"x_router"} if self.router_width else set())
         return tuple(name for name, _, required in schema.INPUTS if required or name in optional)
 
     def arrays(self, *tokens: int, seed: int = 0) -> dict[str, Array]:
@@ -56,8 +57,10 @@ class Case:
         shapes = {
             name: tuple(sizes[axis] for axis in shape.strip("[]").split(", "))
             for name, shape, _ in schema.INPUTS
-            if name in self.given and name != "x"
+            if name in self.given and name not in ("x", "x_router")
         }
+        if self.router_width:
+            shapes |= {"w_router": (self.experts, self.router_width), "x_router": (*tokens, self.router_width)}
         scale = 0.5 * (6 / max(self.width, 6)) ** 0.5
         drawn = {name: rng.standard_normal(shape) * scale for name, shape in shapes.items()}
         drawn["x"] = rng.standard_normal((*tokens, self.width))
@@ -105,7 +108,13 @@ def make_model(case: Case, *, with_function: bool = False) -> bytes:
 def _function(case: Case) -> onnx.FunctionProto:
     biases = tuple(name for name in case.given if name.startswith("b_"))
     is_ragged = case.neurons % case.expert_size != 0
-    kind = Variant(activation=case.activation, gated=case.gated, biases=biases, ragged=is_ragged)
+    kind = Variant(
+        activation=case.activation,
+        gated=case.gated,
+        biases=biases,
+        ragged=is_ragged,
+        router_input=case.router_width is not None,
+    )
     return sparse_ffn_function(kind, opset=20)
 
 
@@ -127,7 +136,7 @@ def run(session: ort.InferenceSession, arrays: Mapping[str, Array], dtype: str =
 def reference(case: Case, arrays: Mapping[str, Array]) -> Array:
     """The formula in schema.py, in float64; neurons that are not selected count nothing, whatever their value."""
     w = {name: array.astype(np.float64) for name, array in arrays.items()}
-    scores = sigmoid(w["x"] @ w["w_router"].T + w.get("b_router", 0.0))
+    scores = sigmoid(w.get("x_router", w["x"]) @ w["w_router"].T + w.get("b_router", 0.0))
     owner_F = np.arange(case.neurons) // case.expert_size
     neuron_selected = (scores > case.threshold)[..., owner_F]
     hidden = w["x"] @ w["w_up"].T + w.get("b_up", 0.0)

@@ -57,6 +57,23 @@ def test_shapes(changed: dict[str, Array], message: str, ort_library: str) -> No
     assert run(session, case.arrays(3)).shape == (3, 6)  # the session goes on
 
 
+BAD_ROUTER_INPUTS = {
+    "of another width": (resized("x_router", 3, 6), r"w_router is \[4, 5\]; it must be \[E, C\] = \[4, 6\]"),
+    "of other tokens": (resized("x_router", 2, 5), r"x_router is \[2, 5\]; it must be .* = \[3, 5\]"),
+    "of fewer axes": (resized("x_router", 5), r"x_router is \[5\]; it must be .* = \[3, 5\]"),
+    "a scalar": (resized("x_router"), r"x_router is \[\]; it must have columns"),
+    "without columns": (resized("x_router", 3, 0), r"x_router is \[3, 0\]; it must have columns"),
+}
+
+
+@pytest.mark.parametrize("changed, message", BAD_ROUTER_INPUTS.values(), ids=BAD_ROUTER_INPUTS)
+def test_router_inputs(changed: dict[str, Array], message: str, ort_library: str) -> None:
+    case = Case(router_width=5)
+    session = open_model(make_model(case), ort_library)
+    with pytest.raises(Exception, match=WHERE + message):
+        run(session, case.arrays(3) | changed)
+
+
 def test_axes_far_beyond_memory_around_one_of_length_zero(ort_library: str) -> None:
     session = open_model(make_model(Case(biases=())), ort_library)
     weights = {name: np.empty((1, 0)) for name in ("w_router", "w_up", "w_gate", "w_down")}
@@ -125,7 +142,9 @@ def test_trailing_inputs_may_be_absent_altogether(ort_library: str) -> None:
     np.testing.assert_array_equal(y, run(open_model(make_model(case), ort_library), case.arrays(3)))
 
 
-@pytest.mark.parametrize("inputs", [REQUIRED[:3], ["x", "", "", "w_up", "", "w_down"], [*REQUIRED, "", "", "", "z"]])
+@pytest.mark.parametrize(
+    "inputs", [REQUIRED[:3], ["x", "", "", "w_up", "", "w_down"], [*REQUIRED, "", "", "", "", "z"]]
+)
 def test_a_wrong_number_of_inputs_is_refused_by_the_runtime(inputs: list[str], ort_library: str) -> None:
     with pytest.raises(Exception, match=NODE):
         open_model(one_node(inputs, {}), ort_library)

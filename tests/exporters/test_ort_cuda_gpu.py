@@ -54,10 +54,13 @@ Open = Callable[..., ort.InferenceSession]
 
 @pytest.fixture(scope="module")
 def open_on_gpu(library: str) -> Open:
-    def open_session(model: Any, profile: Path | None = None, **provider: str) -> ort.InferenceSession:
+    def open_session(
+        model: Any, profile: Path | None = None, *, is_plain: bool = False, **provider: str
+    ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors reach the test as exceptions
-        options.register_custom_ops_library(library)
+        if not is_plain:
+            options.register_custom_ops_library(library)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
@@ -201,11 +204,12 @@ def test_models(family: str, precision: str, tmp_path: Path, open_on_gpu: Open) 
     model, inputs = shallow(family)
     report = export_onnx(model, tmp_path / "model.onnx", dtype=DTYPES[precision])
     assert report.sparse
-    session = open_on_gpu(str(report.path), profile=tmp_path / "profile")
     with torch.no_grad():
         wanted = model(**inputs).to_tuple()[0]
-    found = run(session, inputs)[report.outputs[0]]
-    assert max_abs_difference(found, wanted) <= MODEL_TOLERANCE[precision]
+    for is_plain in (True, False):
+        session = open_on_gpu(str(report.path), profile=tmp_path / "profile", is_plain=is_plain)
+        found = run(session, inputs)[report.outputs[0]]
+        assert max_abs_difference(found, wanted) <= MODEL_TOLERANCE[precision]
     assert {where for name, where in placements(session.end_profiling()) if name == "SparseFFN"} == {CUDA}
 
 
@@ -215,14 +219,17 @@ def test_decoders_with_a_cache(family: str, precision: str, tmp_path: Path, open
     model, _ = shallow(family)
     report = export_onnx(model, tmp_path / "model.onnx", kv_cache=True, dtype=DTYPES[precision])
     assert len(report.sparse) == sum(isinstance(module, Router) for module in model.modules())
-    session = open_on_gpu(str(report.path), profile=tmp_path / "profile")
+    plain, session = (
+        open_on_gpu(str(report.path), profile=tmp_path / "profile", is_plain=is_plain) for is_plain in (True, False)
+    )
     other: Any = deepcopy(model).to("cuda", DTYPES[precision])
     for batch in (1, 3):
         ids, mask = prompts(batch, 7)
         options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": zoo.VOCAB}
         wanted = other.generate(input_ids=ids.cuda(), attention_mask=mask.cuda(), **options).cpu().numpy()
-        got = greedy_generate(session, ids.numpy(), mask.numpy(), max_new_tokens=32)
-        np.testing.assert_array_equal(got, wanted)
+        for each in (plain, session):
+            got = greedy_generate(each, ids.numpy(), mask.numpy(), max_new_tokens=32)
+            np.testing.assert_array_equal(got, wanted)
     assert {where for name, where in placements(session.end_profiling()) if name == "SparseFFN"} == {CUDA}
 
 

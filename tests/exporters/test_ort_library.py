@@ -90,6 +90,20 @@ def test_agrees_with_the_portable_body(gated: bool, neurons: int, dtype: str, or
     np.testing.assert_allclose(run(ours, arrays, dtype), run(theirs, arrays, dtype), atol=2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [(), (2, 3), (300,), (0, 4)], ids=str)
+@pytest.mark.parametrize("router_width", [1, 5, 41])
+def test_a_router_that_reads_another_tensor(
+    router_width: int, tokens: tuple[int, ...], dtype: str, ort_library: str
+) -> None:
+    case = Case(dtype=dtype, router_width=router_width)
+    arrays = case.arrays(*tokens)
+    assert error(case, arrays, ort_library, threads=2) <= TOLERANCE[case.dtype]
+    if dtype == "fp32":
+        portable = run(open_model(make_model(case, with_function=True)), arrays)
+        np.testing.assert_allclose(portable, reference(case, arrays), atol=TOLERANCE[dtype])
+
+
 def test_the_kernel_runs_instead_of_the_body(ort_library: str) -> None:
     case = Case()
     session = open_model(make_model(case, with_function=True), ort_library)

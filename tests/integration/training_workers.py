@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.config import TransformConfig
+from lte_compile.config import RouterKind, TransformConfig
 from lte_compile.data.batches import Example, TextBatches
 from lte_compile.layouts import set_layout
 from lte_compile.routing import routers, set_stage
@@ -64,7 +64,7 @@ def _clusters(llama: nn.Module) -> nn.Module:
         torch.manual_seed(0)
         model = Clusters().double()
     inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    transform(model, TransformConfig(expert_size=SIZE), inputs)
+    transform(model, TransformConfig(expert_size=SIZE, router=RouterKind.TWO_LAYER), inputs)
     return set_layout(model, "neuron_major")  # FSDP insists on contiguous weights, and gets them
 
 

@@ -135,6 +135,7 @@ def in_float64(call: SparseFfnCall) -> SparseFfnCall:
     bias = None if call.router_bias_E is None else call.router_bias_E.double()
     return call._replace(
         x_D=call.x_D.double(),
+        router_x_C=None if call.router_x_C is None else call.router_x_C.double(),
         router_ED=call.router_ED.double(),
         router_bias_E=bias,
         weights=widen(call.weights),
@@ -143,10 +144,17 @@ def in_float64(call: SparseFfnCall) -> SparseFfnCall:
 
 
 def run_op(call: SparseFfnCall) -> Tensor:
-    x, router, bias, weights, activation, size, tau, offsets, constants, _ = call
+    x, router, bias, weights, activation, size, tau, offsets, constants, *_ = call
     given = list(constants) if constants else None
-    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *weights, activation, size, tau, offsets, given)
+    ffn = (*weights, activation, size, tau, offsets, given)
+    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *ffn, x_router=call.router_x_C)
     return result
+
+
+def with_router_input(call: SparseFfnCall, columns: int = 19) -> SparseFfnCall:
+    """The same FFN behind a router that reads another tensor."""
+    router_EC, x_D = call.router_ED.new_empty(len(call.router_ED), columns).normal_(), call.x_D
+    return call._replace(router_ED=router_EC, router_x_C=x_D.new_empty(*x_D.shape[:-1], columns).normal_())
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

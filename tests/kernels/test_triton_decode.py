@@ -17,7 +17,8 @@ from tests.kernels import interpreted_decode
 from tests.kernels.ahead_of_time import compile_ptx, spilled_bytes
 
 ROUTE_UP_TYPES = {
-    **dict.fromkeys(("x_ptr", "router_ptr", "up_ptr", "gate_ptr", "up_bias_ptr", "gate_bias_ptr"), "*bf16"),
+    **dict.fromkeys(("x_ptr", "router_x_ptr", "router_ptr", "up_ptr", "gate_ptr"), "*bf16"),
+    **dict.fromkeys(("up_bias_ptr", "gate_bias_ptr"), "*bf16"),
     "router_bias_ptr": "*fp32",
     "constants": (),
     "hidden_ptr": "*fp32",
@@ -75,6 +76,7 @@ def test_kernels_compile_without_spills(gated: bool, capability: int) -> None:
     missing = ("up_bias_ptr", "gate_bias_ptr") if gated else ("gate_ptr", "gate_bias_ptr")
     shape: dict[str, object] = {"D": 4096, "EXPERT_SIZE": 32}
     up = {
+        "ROUTER_D": 4096,
         "ROW_STRIDE": 4096,
         "BIAS_STRIDE": 1,
         **dict.fromkeys(missing),
@@ -106,7 +108,7 @@ def test_generated_kernels_compile_without_spills(name: str, capability: int) ->
     config, program = DecodeConfig(), parse_program(PROGRAMS[name])
     missing = ("up_bias_ptr", "gate_bias_ptr") if program.gated else ("gate_ptr", "gate_bias_ptr")
     constants = {**dict.fromkeys(missing), "D": 4096, "EXPERT_SIZE": 32, "COUNTERS": 16, "IS_PROGRAM": True}
-    constants |= {"ROW_STRIDE": 8192 if program.gated else 4096, "BIAS_STRIDE": 1}
+    constants |= {"ROUTER_D": 5120, "ROW_STRIDE": 8192 if program.gated else 4096, "BIAS_STRIDE": 1}
     constants |= {"ROWS": config.up_rows, "BLOCK": config.up_block, "STAGES": config.up_stages}
     constants |= {"ACTIVATION": generated_kernel(str(program)), "DEPENDENT": capability >= 90}
     types = ROUTE_UP_TYPES | {"constants": ("*bf16",) * len(program.constant_names)}

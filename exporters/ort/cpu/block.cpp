@@ -27,7 +27,7 @@ struct Groups {
   std::vector<int64_t> starts;
 };
 
-Groups group_by_expert(const std::vector<char>& selected, int64_t tokens, int64_t experts) {
+Groups group_by_expert(const Selected& selected, int64_t tokens, int64_t experts) {
   Groups groups;
   groups.starts.push_back(0);
   for (int64_t expert = 0; expert < experts; ++expert) {
@@ -88,9 +88,8 @@ void add_strip(const Ffn<Element>& ffn, const Simd& simd, const std::vector<Tile
 }  // namespace
 
 template <typename Element>
-void add_block(const Ffn<Element>& ffn, const Machine& machine, const Tokens<const float>& x, float* y,
-               int64_t stride) {
-  const std::vector<char> selected = select_experts(ffn, machine, x);
+void add_block(const Ffn<Element>& ffn, const Machine& machine, const Selected& selected, const Tokens<const float>& x,
+               float* y, int64_t stride) {
   const Groups groups = group_by_expert(selected, x.count, ffn.experts);
   const std::vector<Tile> tiles = make_tiles(groups, ffn.expert_size, ffn.neurons);
   if (tiles.empty()) return;
@@ -111,8 +110,8 @@ void add_block(const Ffn<Element>& ffn, const Machine& machine, const Tokens<con
   });
 }
 
-template void add_block(const Ffn<float>&, const Machine&, const Tokens<const float>&, float*, int64_t);
-template void add_block(const Ffn<Half>&, const Machine&, const Tokens<const float>&, float*, int64_t);
-template void add_block(const Ffn<BFloat16>&, const Machine&, const Tokens<const float>&, float*, int64_t);
+template void add_block(const Ffn<float>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
+template void add_block(const Ffn<Half>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
+template void add_block(const Ffn<BFloat16>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
 
 }  // namespace lte::cpu

@@ -61,33 +61,9 @@ void project(const Simd& simd, const Element* rows, const Element* bias, int64_t
 }
 
 template <typename Element>
-void run_block(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x, Element* y) {
-  const auto& loops = machine.simd.loops<Element>();
-  const int64_t stride = (ffn.width + kPanel - 1) / kPanel * kPanel;
-  const auto wide_x = scratch(tokens * ffn.width), wide_y = scratch(tokens * stride);
-  loops.widen(x, tokens * ffn.width, wide_x.get());
-  std::fill_n(wide_y.get(), tokens * stride, 0.0f);
-  if (ffn.b_down != nullptr)
-    for (int64_t t = 0; t < tokens; ++t) loops.widen(ffn.b_down, ffn.width, wide_y.get() + t * stride);
-  if (tokens == 1) {
-    add_one_token(ffn, machine, wide_x.get(), wide_y.get());
-  } else {
-    add_block(ffn, machine, {wide_x.get(), ffn.width, nullptr, tokens}, wide_y.get(), stride);
-  }
-  for (int64_t t = 0; t < tokens; ++t) loops.narrow(wide_y.get() + t * stride, ffn.width, y + t * ffn.width);
-}
-
-}  // namespace
-
-void append_tiles(int64_t expert, int64_t expert_size, int64_t neurons, std::vector<Rows>& tiles) {
-  const int64_t begin = expert * expert_size, end = begin + std::min(expert_size, neurons - begin);
-  for (int64_t row = begin; row < end; row += kTileRows) tiles.push_back({row, std::min(row + kTileRows, end)});
-}
-
-template <typename Element>
-std::vector<char> select_experts(const Ffn<Element>& ffn, const Machine& machine, const Tokens<const float>& x) {
-  const int64_t experts = ffn.experts, width = ffn.width;
-  std::vector<char> selected(static_cast<size_t>(x.count * experts));
+Selected select_experts(const Ffn<Element>& ffn, const Machine& machine, const Tokens<const float>& x) {
+  const int64_t experts = ffn.experts, width = ffn.router_width;
+  Selected selected(static_cast<size_t>(x.count * experts));
   const auto tasks = static_cast<size_t>((experts + kScoreRows - 1) / kScoreRows);
   machine.parallel.for_each(tasks, [&](size_t task) {
     const int64_t first = static_cast<int64_t>(task) * kScoreRows, count = std::min(kScoreRows, experts - first);
@@ -105,6 +81,41 @@ std::vector<char> select_experts(const Ffn<Element>& ffn, const Machine& machine
 }
 
 template <typename Element>
+Selected select_experts(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* router_x) {
+  const auto wide = scratch(tokens * ffn.router_width);
+  machine.simd.loops<Element>().widen(router_x, tokens * ffn.router_width, wide.get());
+  return select_experts(ffn, machine, {wide.get(), ffn.router_width, nullptr, tokens});
+}
+
+template <typename Element>
+void run_block(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x,
+               const Element* router_x, Element* y) {
+  const auto& loops = machine.simd.loops<Element>();
+  const int64_t stride = (ffn.width + kPanel - 1) / kPanel * kPanel;
+  const auto wide_x = scratch(tokens * ffn.width), wide_y = scratch(tokens * stride);
+  loops.widen(x, tokens * ffn.width, wide_x.get());
+  const Tokens<const float> all{wide_x.get(), ffn.width, nullptr, tokens};
+  const Selected selected =
+      router_x == x ? select_experts(ffn, machine, all) : select_experts(ffn, machine, tokens, router_x);
+  std::fill_n(wide_y.get(), tokens * stride, 0.0f);
+  if (ffn.b_down != nullptr)
+    for (int64_t t = 0; t < tokens; ++t) loops.widen(ffn.b_down, ffn.width, wide_y.get() + t * stride);
+  if (tokens == 1) {
+    add_one_token(ffn, machine, selected, wide_x.get(), wide_y.get());
+  } else {
+    add_block(ffn, machine, selected, all, wide_y.get(), stride);
+  }
+  for (int64_t t = 0; t < tokens; ++t) loops.narrow(wide_y.get() + t * stride, ffn.width, y + t * ffn.width);
+}
+
+}  // namespace
+
+void append_tiles(int64_t expert, int64_t expert_size, int64_t neurons, std::vector<Rows>& tiles) {
+  const int64_t begin = expert * expert_size, end = begin + std::min(expert_size, neurons - begin);
+  for (int64_t row = begin; row < end; row += kTileRows) tiles.push_back({row, std::min(row + kTileRows, end)});
+}
+
+template <typename Element>
 void compute_hidden(const Ffn<Element>& ffn, const Simd& simd, Rows rows, const Tokens<const float>& x, float* hidden,
                     float* gate) {
   const int64_t count = rows.count(), width = ffn.width, total = x.count * count;
@@ -119,17 +130,17 @@ void compute_hidden(const Ffn<Element>& ffn, const Simd& simd, Rows rows, const 
 }
 
 template <typename Element>
-void run(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x, Element* y) {
+void run(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x, const Element* router_x,
+         Element* y) {
   for (int64_t first = 0; first < tokens; first += kBlockTokens) {
-    const int64_t start = first * ffn.width;
-    run_block(ffn, machine, std::min(kBlockTokens, tokens - first), x + start, y + start);
+    const int64_t start = first * ffn.width, router_start = first * ffn.router_width;
+    run_block(ffn, machine, std::min(kBlockTokens, tokens - first), x + start, router_x + router_start, y + start);
   }
 }
 
 #define LTE_INSTANTIATE(Element)                                                                                    \
-  template std::vector<char> select_experts(const Ffn<Element>&, const Machine&, const Tokens<const float>&);       \
   template void compute_hidden(const Ffn<Element>&, const Simd&, Rows, const Tokens<const float>&, float*, float*); \
-  template void run(const Ffn<Element>&, const Machine&, int64_t, const Element*, Element*);
+  template void run(const Ffn<Element>&, const Machine&, int64_t, const Element*, const Element*, Element*);
 LTE_INSTANTIATE(float)
 LTE_INSTANTIATE(Half)
 LTE_INSTANTIATE(BFloat16)

@@ -1,10 +1,11 @@
 // The FFN on a CPU: score the experts of every token, compute the selected ones, skip the others.
 //
-//   y = (h * [sigmoid(x w_router^T + b_router) > threshold] per neuron) w_down + b_down
+//   y = (h * [sigmoid(x_router w_router^T + b_router) > threshold] per neuron) w_down + b_down
 //   h = act(x w_gate^T + b_gate) * (x w_up^T + b_up), or act(x w_up^T + b_up) without w_gate
 //
 // Sums are taken in float32, in an order that depends on the shapes alone: any number of threads gives the same bits.
-// Shapes: T tokens, D model width, F neurons, E experts, S neurons per expert (fewer in the last).
+// Shapes: T tokens, D model width, F neurons, E experts, S neurons per expert (fewer in the last), C columns of what the
+// router reads.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +23,11 @@ struct Ffn {
   int64_t width;
   int64_t neurons;
   int64_t experts;
+  int64_t router_width;  // C
   int64_t expert_size;
   Activation activation;
   float threshold;
-  const Element* w_router;  // [E, D]
+  const Element* w_router;  // [E, C]
   const Element* b_router;  // [E] or null, as every bias
   const Element* w_up;      // [F, D]
   const Element* w_gate;    // [F, D], null when plain
@@ -41,9 +43,10 @@ struct Machine {
   const Parallel& parallel;
 };
 
-// x and y [T, D]; T may be 0, D may not. Throws std::bad_alloc.
+// x and y [T, D], router_x [T, C], which may be x; T may be 0, D may not. Throws std::bad_alloc.
 template <typename Element>
-void run(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x, Element* y);
+void run(const Ffn<Element>& ffn, const Machine& machine, int64_t tokens, const Element* x, const Element* router_x,
+         Element* y);
 
 // Neurons [begin, end) of one expert.
 struct Rows {
@@ -59,8 +62,7 @@ inline constexpr int64_t kTileRows = 32;
 void append_tiles(int64_t expert, int64_t expert_size, int64_t neurons, std::vector<Rows>& tiles);
 
 // 1 or 0 for every token and expert, [T, E].
-template <typename Element>
-std::vector<char> select_experts(const Ffn<Element>& ffn, const Machine& machine, const Tokens<const float>& x);
+using Selected = std::vector<char>;
 
 // hidden[t * rows.count() + r] of a tile; `gate` is scratch of the same size.
 template <typename Element>
@@ -69,12 +71,13 @@ void compute_hidden(const Ffn<Element>& ffn, const Simd& simd, Rows rows, const 
 
 // y [D] += the output of one token without b_down. Reads every selected row once, in the order of memory.
 template <typename Element>
-void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const float* x, float* y);
+void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const Selected& selected, const float* x, float* y);
 
 // y [T, stride] += the outputs without b_down of a block of tokens: for each expert, small products of matrices with
 // the tokens that selected it. Rows of y have room for whole panels.
 template <typename Element>
-void add_block(const Ffn<Element>& ffn, const Machine& machine, const Tokens<const float>& x, float* y, int64_t stride);
+void add_block(const Ffn<Element>& ffn, const Machine& machine, const Selected& selected, const Tokens<const float>& x,
+               float* y, int64_t stride);
 
 // Memory that is not set to zero first.
 inline std::unique_ptr<float[]> scratch(int64_t count) {

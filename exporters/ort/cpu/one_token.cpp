@@ -23,9 +23,9 @@ int64_t count_parts(const std::vector<Rows>& tiles, int64_t weights_per_row) {
 }  // namespace
 
 template <typename Element>
-void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const float* x, float* y) {
+void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const Selected& selected, const float* x,
+                   float* y) {
   const Tokens<const float> token{x, ffn.width, nullptr, 1};
-  const std::vector<char> selected = select_experts(ffn, machine, token);
   std::vector<Rows> tiles;
   for (int64_t expert = 0; expert < ffn.experts; ++expert)
     if (selected[static_cast<size_t>(expert)]) append_tiles(expert, ffn.expert_size, ffn.neurons, tiles);
@@ -51,8 +51,8 @@ void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const float*
     for (int64_t d = 0; d < ffn.width; ++d) y[d] += sums[static_cast<size_t>(part * ffn.width + d)];
 }
 
-template void add_one_token(const Ffn<float>&, const Machine&, const float*, float*);
-template void add_one_token(const Ffn<Half>&, const Machine&, const float*, float*);
-template void add_one_token(const Ffn<BFloat16>&, const Machine&, const float*, float*);
+template void add_one_token(const Ffn<float>&, const Machine&, const Selected&, const float*, float*);
+template void add_one_token(const Ffn<Half>&, const Machine&, const Selected&, const float*, float*);
+template void add_one_token(const Ffn<BFloat16>&, const Machine&, const Selected&, const float*, float*);
 
 }  // namespace lte::cpu

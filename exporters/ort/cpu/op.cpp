@@ -42,6 +42,7 @@ Ffn<Element> make_ffn(const Settings& settings, const Tensors& tensors) {
   ffn.width = tensors.width;
   ffn.neurons = tensors.neurons;
   ffn.experts = tensors.experts;
+  ffn.router_width = tensors.router_width;
   ffn.expert_size = settings.expert_size;
   ffn.activation = settings.activation;
   ffn.threshold = settings.threshold;
@@ -63,7 +64,8 @@ void compute(const Kernel& kernel, abi::OrtKernelContext* context) {
   if (tensors.width == 0) return;  // however many tokens have nothing
   const Parallel parallel(kernel.api, context);
   const auto* x = static_cast<const Element*>(tensors.data[kX]);
-  run(make_ffn<Element>(kernel.settings, tensors), Machine{kernel.simd, parallel}, tensors.tokens, x, y);
+  const auto* router_x = static_cast<const Element*>(tensors.router_x());
+  run(make_ffn<Element>(kernel.settings, tensors), Machine{kernel.simd, parallel}, tensors.tokens, x, router_x, y);
 }
 
 abi::OrtStatus* create_kernel(const OrtCustomOp*, const abi::OrtApi* table, const abi::OrtKernelInfo* info,

@@ -24,13 +24,13 @@ Memory take(const Call& call, int64_t tokens, int32_t blocks) {
 }
 
 void launch_scores(const Call& call, const Kernel& kernel, const Memory& memory, int32_t tokens, int32_t blocks,
-                   const void* x) {
+                   const void* router_x) {
   const Ffn& ffn = call.ffn;
   // Columns of one part; the last parts of a short row are empty.
-  const int32_t span = parts(parts(ffn.width, kFewScoreSplits), kFewScoreColumns) * kFewScoreColumns;
+  const int32_t span = parts(parts(ffn.router_width, kFewScoreSplits), kFewScoreColumns) * kFewScoreColumns;
   const Grid grid{static_cast<unsigned>(parts(ffn.experts, kFewScoreExperts)), kFewScoreSplits};
-  launch(kernel, grid, call.stream, x, ffn.w_router, memory.scores, memory.arrived, tokens, ffn.width, ffn.experts,
-         blocks, span);
+  launch(kernel, grid, call.stream, router_x, ffn.w_router, memory.scores, memory.arrived, tokens, ffn.router_width,
+         ffn.experts, blocks, span);
 }
 
 void launch_up(const Call& call, const Kernel& kernel, const Memory& memory, int32_t tokens, const void* x) {
@@ -46,16 +46,17 @@ void launch_up(const Call& call, const Kernel& kernel, const Memory& memory, int
 
 }  // namespace
 
-void run_few_tokens(const Call& call, int32_t tokens, const void* x, void* y) {
+void run_few_tokens(const Call& call, int32_t tokens, const Values& values) {
   const Ffn& ffn = call.ffn;
   const Kernels::Few& kernels = tokens <= kTokensSmall ? call.kernels.few_small : call.kernels.few_large;
   const int32_t blocks = parts(ffn.width, kFewDownColumns);
   const Memory memory = take(call, tokens, blocks);
-  launch_scores(call, kernels.scores, memory, tokens, blocks, x);
-  launch_up(call, kernels.up, memory, tokens, x);
+  launch_scores(call, kernels.scores, memory, tokens, blocks, values.router_x);
+  launch_up(call, kernels.up, memory, tokens, values.x);
   const Kernel& down = ffn.experts <= kListSmall ? kernels.small_down : kernels.large_down;
   launch(down, {static_cast<unsigned>(blocks), kFewDownSplits}, call.stream, memory.hidden, memory.active, ffn.w_down,
-         ffn.b_down, memory.partial, memory.arrived, y, tokens, ffn.neurons, ffn.width, ffn.experts, ffn.expert_size);
+         ffn.b_down, memory.partial, memory.arrived, values.y, tokens, ffn.neurons, ffn.width, ffn.experts,
+         ffn.expert_size);
 }
 
 }  // namespace lte::cuda

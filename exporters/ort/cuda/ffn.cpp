@@ -45,8 +45,8 @@ Kernels::Large load_large(const std::string& type, const std::string& kind, int 
           Driver::get().multiprocessors() * (kLargeUpWarps / warps)};
 }
 
-bool fits_few(const Ffn& ffn, int64_t tokens, const void* x, const void* y) {
-  return tokens <= max_few_tokens(ffn.type) && ffn.width <= kMaxFewWidth && is_wide(ffn, x, y) &&
+bool fits_few(const Ffn& ffn, int64_t tokens, const Values& values) {
+  return tokens <= max_few_tokens(ffn.type) && ffn.width <= kMaxFewWidth && is_wide(ffn, values) &&
          ffn.neurons % 16 == 0 && ffn.expert_size % 16 == 0;
 }
 
@@ -68,25 +68,30 @@ Kernels load_kernels(DataType type, bool gated) {
 
 size_t element_bytes(DataType type) { return type == DataType::kFloat ? 4 : 2; }
 
-bool is_wide(const Ffn& ffn, const void* x, const void* y) {
-  uintptr_t bits = static_cast<uintptr_t>(ffn.width);
-  for (const void* pointer : {x, y, ffn.w_router, ffn.b_router, ffn.w_up, ffn.w_gate, ffn.w_down, ffn.b_up, ffn.b_gate,
-                              ffn.b_down})
+bool is_wide(const Ffn& ffn, const Values& values) {
+  uintptr_t bits = static_cast<uintptr_t>(ffn.width) | static_cast<uintptr_t>(ffn.router_width);
+  for (const void* pointer : {values.x, values.router_x, static_cast<const void*>(values.y), ffn.w_router,
+                              ffn.b_router, ffn.w_up, ffn.w_gate, ffn.w_down, ffn.b_up, ffn.b_gate, ffn.b_down})
     bits |= reinterpret_cast<uintptr_t>(pointer);
   return bits % kVector == 0;
 }
 
-void run(const Call& call, int64_t tokens, const void* x, void* y) {
+Values from(const Ffn& ffn, const Values& values, int64_t first) {
+  const int64_t bytes = first * static_cast<int64_t>(element_bytes(ffn.type));
+  return {offset(values.x, bytes * ffn.width), offset(values.router_x, bytes * ffn.router_width),
+          offset(values.y, bytes * ffn.width)};
+}
+
+void run(const Call& call, int64_t tokens, const Values& values) {
   const Ffn& ffn = call.ffn;
   const bool is_listable = 0 < ffn.experts && ffn.experts <= kListLarge;
-  if (is_listable && tokens == 1 && fits_large(ffn, x, y)) return run_large_layer(call, x, y);
-  if (is_listable && tokens == 1) return run_one_token(call, x, y);
-  if (is_listable && fits_few(ffn, tokens, x, y)) return run_few_tokens(call, static_cast<int32_t>(tokens), x, y);
-  if (has_blas() || ffn.experts == 0) return run_prompt(call, tokens, x, y);
+  if (is_listable && tokens == 1 && fits_large(ffn, values)) return run_large_layer(call, values);
+  if (is_listable && tokens == 1) return run_one_token(call, values);
+  if (is_listable && fits_few(ffn, tokens, values)) return run_few_tokens(call, static_cast<int32_t>(tokens), values);
+  if (has_blas() || ffn.experts == 0) return run_prompt(call, tokens, values);
   if (!is_listable)
     throw CudaError("more than " + std::to_string(kListLarge) + " experts need cuBLAS, which is not in this process");
-  const int64_t row = ffn.width * static_cast<int64_t>(element_bytes(ffn.type));
-  for (int64_t token = 0; token < tokens; ++token) run_one_token(call, offset(x, token * row), offset(y, token * row));
+  for (int64_t token = 0; token < tokens; ++token) run_one_token(call, from(ffn, values, token));
 }
 
 }  // namespace lte::cuda

@@ -1,7 +1,7 @@
 // The FFN on a GPU: what exporters/ort/cpu/ffn.h computes, by Triton kernels and, for a prompt, cuBLAS.
 //
 // Everything is put on one stream and nothing waits for it, so that a CUDA graph can capture a call. Shapes: T tokens,
-// D model width, F neurons, E experts, S neurons per expert (fewer in the last).
+// D model width, F neurons, E experts, S neurons per expert (fewer in the last), C columns of what the router reads.
 #pragma once
 
 #include <array>
@@ -19,10 +19,11 @@ struct Ffn {
   int32_t width;
   int32_t neurons;
   int32_t experts;
+  int32_t router_width;  // C
   int32_t expert_size;
   Activation activation;
   float threshold;
-  const void* w_router;  // [E, D]
+  const void* w_router;  // [E, C]
   const void* b_router;  // [E], zeros where the model has none, as every bias
   const void* w_up;      // [F, D]
   const void* w_gate;    // [F, D], null when plain
@@ -76,23 +77,33 @@ struct Call {
 
 size_t element_bytes(DataType type);
 
-// y [T, D] of x [T, D]; no size is 0, except for the number of neurons.
-void run(const Call& call, int64_t tokens, const void* x, void* y);
+// What a call reads and writes: y [T, D] of x [T, D], and router_x [T, C], which may be x.
+struct Values {
+  const void* x;
+  const void* router_x;
+  void* y;
+};
+
+// From token `first` on.
+Values from(const Ffn& ffn, const Values& values, int64_t first);
+
+// No size is 0, except for the number of neurons.
+void run(const Call& call, int64_t tokens, const Values& values);
 
 // Its parts: one token, at most kListLarge experts and at least one; the same for large layers (fits_large); so many
 // tokens as the type has kernels for, and sizes and pointers that are multiples of 16; any number, where the process
 // has cuBLAS.
-void run_one_token(const Call& call, const void* x, void* y);
-bool fits_large(const Ffn& ffn, const void* x, const void* y);
-void run_large_layer(const Call& call, const void* x, void* y);
-void run_few_tokens(const Call& call, int32_t tokens, const void* x, void* y);
-void run_prompt(const Call& call, int64_t tokens, const void* x, void* y);
+void run_one_token(const Call& call, const Values& values);
+bool fits_large(const Ffn& ffn, const Values& values);
+void run_large_layer(const Call& call, const Values& values);
+void run_few_tokens(const Call& call, int32_t tokens, const Values& values);
+void run_prompt(const Call& call, int64_t tokens, const Values& values);
 
 // The down-projection's bias in every row of y.
 void fill_rows(const Call& call, int32_t tokens, void* y);
 
-// Whether kernels that read 16 bytes at a time fit: every pointer, and the width, is a multiple of 16.
-bool is_wide(const Ffn& ffn, const void* x, const void* y);
+// Whether kernels that read 16 bytes at a time fit: every pointer, and the widths, are multiples of 16.
+bool is_wide(const Ffn& ffn, const Values& values);
 
 inline int32_t parts(int32_t total, int32_t part) { return (total + part - 1) / part; }
 

@@ -28,9 +28,10 @@ Memory take(const Call& call, int32_t programs, int32_t blocks) {
   return {hidden, partial, selected, arrived, up_lists, down_lists};
 }
 
-const Kernels::Large& choose(const Call& call) {
-  if (call.ffn.width <= kNarrow) return call.kernels.narrow;
-  return call.ffn.width <= kMiddle ? call.kernels.middle : call.kernels.broad;
+// For rows of so many columns.
+const Kernels::Large& choose(const Kernels& kernels, int32_t columns) {
+  if (columns <= kNarrow) return kernels.narrow;
+  return columns <= kMiddle ? kernels.middle : kernels.broad;
 }
 
 void launch_up(const Call& call, const Kernels::Large& kernels, const Memory& memory, const void* x) {
@@ -46,22 +47,23 @@ void launch_up(const Call& call, const Kernels::Large& kernels, const Memory& me
 
 }  // namespace
 
-bool fits_large(const Ffn& ffn, const void* x, const void* y) {
+bool fits_large(const Ffn& ffn, const Values& values) {
   const int64_t bytes = static_cast<int64_t>(element_bytes(ffn.type)) * ffn.neurons * ffn.width;
-  return ffn.type != DataType::kFloat && bytes >= kLargeBytes && ffn.width <= kBroad && ffn.experts <= kListSmall &&
-         ffn.expert_size == kPaperSize && is_wide(ffn, x, y);
+  return ffn.type != DataType::kFloat && bytes >= kLargeBytes && ffn.width <= kBroad && ffn.router_width <= kBroad &&
+         ffn.experts <= kListSmall && ffn.expert_size == kPaperSize && is_wide(ffn, values);
 }
 
-void run_large_layer(const Call& call, const void* x, void* y) {
+void run_large_layer(const Call& call, const Values& values) {
   const Ffn& ffn = call.ffn;
-  const Kernels::Large& kernels = choose(call);
+  const Kernels::Large& kernels = choose(call.kernels, ffn.width);
+  const Kernel& scores = choose(call.kernels, ffn.router_width).scores;
   const int32_t blocks = parts(ffn.width, kLargeDownColumns);
   const Memory memory = take(call, kernels.programs, blocks);
-  launch(kernels.scores, {static_cast<unsigned>(ffn.experts), 1}, call.stream, x, ffn.w_router, ffn.b_router,
-         memory.selected, memory.arrived, ffn.threshold, ffn.width, blocks);
-  launch_up(call, kernels, memory, x);
+  launch(scores, {static_cast<unsigned>(ffn.experts), 1}, call.stream, values.router_x, ffn.w_router, ffn.b_router,
+         memory.selected, memory.arrived, ffn.threshold, ffn.router_width, blocks);
+  launch_up(call, kernels, memory, values.x);
   launch(kernels.down, {static_cast<unsigned>(blocks), kLargeDownSplits}, call.stream, memory.hidden, memory.selected,
-         memory.down_lists, ffn.w_down, ffn.b_down, memory.partial, memory.arrived, y, ffn.neurons, ffn.width,
+         memory.down_lists, ffn.w_down, ffn.b_down, memory.partial, memory.arrived, values.y, ffn.neurons, ffn.width,
          ffn.experts);
 }
 

@@ -20,28 +20,30 @@ Memory take(const Call& call, int32_t blocks) {
   return {hidden, partial, active, arrived};
 }
 
-void launch_up(const Call& call, const Kernel& kernel, const Memory& memory, int32_t blocks, const void* x) {
+void launch_up(const Call& call, const Kernel& kernel, const Memory& memory, int32_t blocks, const Values& values) {
   const Ffn& ffn = call.ffn;
+  const void *x = values.x, *router_x = values.router_x;
   const Grid grid{static_cast<unsigned>(ffn.experts * parts(ffn.expert_size, kOneUpRows)), 1};
   const auto number = static_cast<int32_t>(ffn.activation);
   if (ffn.w_gate == nullptr)
-    return launch(kernel, grid, call.stream, x, ffn.w_router, ffn.b_router, ffn.w_up, ffn.b_up, number, memory.hidden,
-                  memory.active, memory.arrived, ffn.threshold, ffn.neurons, ffn.width, ffn.width, ffn.expert_size,
-                  blocks);
-  launch(kernel, grid, call.stream, x, ffn.w_router, ffn.b_router, ffn.w_up, ffn.w_gate, ffn.b_up, ffn.b_gate, number,
-         memory.hidden, memory.active, memory.arrived, ffn.threshold, ffn.neurons, ffn.width, ffn.width,
-         ffn.expert_size, blocks);
+    return launch(kernel, grid, call.stream, x, router_x, ffn.w_router, ffn.b_router, ffn.w_up, ffn.b_up, number,
+                  memory.hidden, memory.active, memory.arrived, ffn.threshold, ffn.neurons, ffn.width,
+                  ffn.router_width, ffn.width, ffn.expert_size, blocks);
+  launch(kernel, grid, call.stream, x, router_x, ffn.w_router, ffn.b_router, ffn.w_up, ffn.w_gate, ffn.b_up,
+         ffn.b_gate, number, memory.hidden, memory.active, memory.arrived, ffn.threshold, ffn.neurons, ffn.width,
+         ffn.router_width, ffn.width, ffn.expert_size, blocks);
 }
 
 }  // namespace
 
-void run_one_token(const Call& call, const void* x, void* y) {
+void run_one_token(const Call& call, const Values& values) {
   const Ffn& ffn = call.ffn;
-  const bool wide = is_wide(ffn, x, y);
+  void* const y = values.y;
+  const bool wide = is_wide(ffn, values);
   const Kernels::One& kernels = wide ? call.kernels.one_wide : call.kernels.one_any;
   const int32_t blocks = parts(ffn.width, kOneDownColumns);
   const Memory memory = take(call, blocks);
-  launch_up(call, kernels.up, memory, blocks, x);
+  launch_up(call, kernels.up, memory, blocks, values);
   const Grid grid{static_cast<unsigned>(blocks), kOneDownSplits};
   if (wide && ffn.experts <= kListSmall && ffn.expert_size == kPaperSize)
     return launch(call.kernels.one_paper_down, grid, call.stream, memory.hidden, memory.active, ffn.w_down, ffn.b_down,

@@ -93,6 +93,7 @@ Ffn Node::make_ffn(const Tensors& tensors) const {
   ffn.width = size(tensors.width, "D");
   ffn.neurons = size(tensors.neurons, "F");
   ffn.experts = size(tensors.experts, "E");
+  ffn.router_width = size(tensors.router_width, "C");
   // One expert may say that it has room for more neurons than there are.
   ffn.expert_size = static_cast<int32_t>(std::min<int64_t>(settings_.expert_size, std::max(1, ffn.neurons)));
   ffn.activation = settings_.activation;
@@ -120,7 +121,7 @@ void Node::compute(abi::OrtKernelContext* context) {
   const Kernels& loaded = kernels();
   const Ffn ffn = make_ffn(tensors);
   OrtScratch scratch(api_, context, allocator_);
-  run({ffn, loaded, stream, scratch}, tensors.tokens, tensors.data[kX], y);
+  run({ffn, loaded, stream, scratch}, tensors.tokens, {tensors.data[kX], tensors.router_x(), y});
 }
 
 // A node, and how messages about it begin.

@@ -24,10 +24,16 @@ Memory take(const Call& call, int64_t tokens) {
   return {scores, up, gate};
 }
 
-// x w^T, in `type`
-void project(const Call& call, int64_t tokens, const void* x, const void* w, int64_t rows, DataType type,
-             void* result) {
-  multiply(call.stream, {tokens, rows, call.ffn.width, x, w, true, result, call.ffn.type, type, 0.0f});
+// x w^T of x [T, D], in the FFN's type
+void project(const Call& call, int64_t tokens, const void* x, const void* w, void* result) {
+  const Ffn& ffn = call.ffn;
+  multiply(call.stream, {tokens, ffn.neurons, ffn.width, x, w, true, result, ffn.type, ffn.type, 0.0f});
+}
+
+void score(const Call& call, int64_t tokens, const void* router_x, void* scores) {
+  const Ffn& ffn = call.ffn;
+  multiply(call.stream, {tokens, ffn.experts, ffn.router_width, router_x, ffn.w_router, true, scores, ffn.type,
+                         DataType::kFloat, 0.0f});
 }
 
 void mask(const Call& call, int32_t tokens, const Memory& memory) {
@@ -42,17 +48,17 @@ void mask(const Call& call, int32_t tokens, const Memory& memory) {
          ffn.threshold, ffn.neurons, ffn.experts, ffn.expert_size);
 }
 
-void run_part(const Call& call, int64_t tokens, const Memory& memory, const void* x, void* y) {
+void run_part(const Call& call, int64_t tokens, const Memory& memory, const Values& values) {
   const Ffn& ffn = call.ffn;
   const auto count = static_cast<int32_t>(tokens);
-  if (ffn.adds_down_bias || ffn.neurons == 0) fill_rows(call, count, y);
+  if (ffn.adds_down_bias || ffn.neurons == 0) fill_rows(call, count, values.y);
   if (ffn.neurons == 0) return;
-  project(call, tokens, x, ffn.w_router, ffn.experts, DataType::kFloat, memory.scores);
-  project(call, tokens, x, ffn.w_up, ffn.neurons, ffn.type, memory.up);
-  if (ffn.w_gate != nullptr) project(call, tokens, x, ffn.w_gate, ffn.neurons, ffn.type, memory.gate);
+  score(call, tokens, values.router_x, memory.scores);
+  project(call, tokens, values.x, ffn.w_up, memory.up);
+  if (ffn.w_gate != nullptr) project(call, tokens, values.x, ffn.w_gate, memory.gate);
   mask(call, count, memory);
   multiply(call.stream,
-           {tokens, ffn.width, ffn.neurons, memory.up, ffn.w_down, false, y, ffn.type, ffn.type,
+           {tokens, ffn.width, ffn.neurons, memory.up, ffn.w_down, false, values.y, ffn.type, ffn.type,
             ffn.adds_down_bias ? 1.0f : 0.0f});
 }
 
@@ -63,13 +69,10 @@ void fill_rows(const Call& call, int32_t tokens, void* y) {
   launch(call.kernels.fill, grid, call.stream, y, call.ffn.b_down, call.ffn.width);
 }
 
-void run_prompt(const Call& call, int64_t tokens, const void* x, void* y) {
+void run_prompt(const Call& call, int64_t tokens, const Values& values) {
   const Memory memory = take(call, std::min(tokens, kPromptTokens));
-  const int64_t row = call.ffn.width * static_cast<int64_t>(element_bytes(call.ffn.type));
-  for (int64_t first = 0; first < tokens; first += kPromptTokens) {
-    const int64_t count = std::min(kPromptTokens, tokens - first);
-    run_part(call, count, memory, offset(x, first * row), offset(y, first * row));
-  }
+  for (int64_t first = 0; first < tokens; first += kPromptTokens)
+    run_part(call, std::min(kPromptTokens, tokens - first), memory, from(call.ffn, values, first));
 }
 
 }  // namespace lte::cuda

@@ -1,6 +1,7 @@
 // Calls of exporters/ort/cuda with memory that is not there.
 //
-//   main run TYPE GATED TOKENS D F E S SHIFT    TYPE 0 float32, 2 float16, 14 bfloat16; SHIFT of x, in bytes
+//   main run TYPE GATED TOKENS D F E S SHIFT [C]    TYPE 0 float32, 2 float16, 14 bfloat16; SHIFT of x, in bytes; the
+//                                                   router reads x, or C columns of another tensor
 //   main multiply ROWS COLUMNS INNER TRANSPOSED    on the host; fails unless the product is right
 #include <cmath>
 #include <cstdio>
@@ -35,12 +36,14 @@ void run_ffn(const long* n) {
   const auto size = [&](int index) { return static_cast<int32_t>(n[index]); };
   const auto tensor = [](long number) { return address((1L << 24) + 256 * number); };  // in the order of node.h
   zeros(static_cast<size_t>(4 * n[4]));
-  const Ffn ffn{type,      size(3),   size(4),   size(5), size(6), lte::Activation::kSilu, 0.5f, tensor(1), tensor(2),
-                tensor(3), gated ? tensor(4) : nullptr,   tensor(5), tensor(6),
-                gated ? tensor(7) : nullptr,   tensor(8), n[7] == 0};
+  const int32_t router_width = n[8] == 0 ? size(3) : size(8);
+  const Ffn ffn{type,      size(3),   size(4),   size(5),   router_width, size(6), lte::Activation::kSilu,
+                0.5f,      tensor(1), tensor(2), tensor(3), gated ? tensor(4) : nullptr,
+                tensor(5), tensor(6), gated ? tensor(7) : nullptr,        tensor(8), n[7] == 0};
   const Kernels kernels = load_kernels(type, gated);
   Nowhere scratch;
-  run({ffn, kernels, nullptr, scratch}, n[2], address((1 << 25) + n[7]), address(1 << 26));
+  void* x = address((1 << 25) + n[7]);
+  run({ffn, kernels, nullptr, scratch}, n[2], {x, n[8] == 0 ? x : address(1 << 27), address(1 << 26)});
 }
 
 bool is_right(const long* n) {
@@ -64,8 +67,8 @@ bool is_right(const long* n) {
 }  // namespace
 
 int main(int count, char** words) {
-  long numbers[8] = {};
-  for (int i = 2; i < count && i < 10; ++i) numbers[i - 2] = std::atol(words[i]);
+  long numbers[9] = {};
+  for (int i = 2; i < count && i < 11; ++i) numbers[i - 2] = std::atol(words[i]);
   try {
     if (std::strcmp(words[1], "multiply") == 0) return is_right(numbers) ? 0 : 1;
     run_ffn(numbers);
