@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lte_compile.config import Stage
@@ -41,4 +43,20 @@ def in_stage(model: nn.Module, stage: Stage) -> Iterator[None]:
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)  # what runs on the GPU goes on meanwhile
+    return value.to(device)
+
+
+def for_layers(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch for a call of which only the layers matter: of transformers' decoders without most of the logits,
+    which may take as long as all layers."""
+    given = on_device(model, batch)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given.pop("labels", None)
+        given["logits_to_keep"] = 1
+    return given

@@ -38,9 +38,14 @@ class TrainConfig:
         fit_router: start stage 1 from regression-fitted routers (lte_compile.fit_routers).
         eta: a fixed weight of the efficiency loss, as in the paper, instead of the controller's; the density is then
             what it comes to, the threshold stays where it was, and `target_density` is only where fitted routers start.
+        hold_density: at every measurement shift all routers' biases so that the held-out density is the target. eta
+            alone takes hundreds of steps, in which a model of another density is trained.
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
+        layer_distillation: weight of the layers' distances from the teacher's (lte_compile.layer_distances); needs a
+            teacher.
         accumulation: micro-batches per step: a batch is cut along its first axis, losses weigh as in the whole batch.
         autocast: bfloat16 autocast; routers stay in float32.
+        compile: torch.compile for the layers that the model repeats, and a CUDA graph of a step (docs/training.md).
         max_grad_norm: clipping, the transformers default.
         measure_every: steps between held-out density measurements, which steer eta.
         checkpoint_every: steps between checkpoints; 0 writes none.
@@ -58,9 +63,12 @@ class TrainConfig:
     separability: float = 0.0
     fit_router: bool = True
     eta: float | None = None
+    hold_density: bool = False
     distillation: float = 0.0
+    layer_distillation: float = 0.0
     accumulation: int = 1
     autocast: bool = False
+    compile: bool = False
     gradient_checkpointing: bool = False
     max_grad_norm: float = 1.0
     measure_every: int = 10
@@ -71,14 +79,20 @@ class TrainConfig:
         object.__setattr__(self, "gates", Gates(self.gates))
         _require(0.0 < self.target_density < 1.0, "target_density must lie between 0 and 1", self.target_density)
         _require(0.0 <= self.distillation <= 1.0, "distillation must lie in [0, 1]", self.distillation)
+        _require(self.layer_distillation >= 0.0, "layer_distillation must not be negative", self.layer_distillation)
         _require(0.0 <= self.warmup < 1.0, "warmup must lie in [0, 1)", self.warmup)
         _require(self.eta is None or self.eta >= 0.0, "eta must not be negative", self.eta)
+        _require(not (self.hold_density and self.eta is not None), "hold_density goes with a steered eta", self.eta)
         for name in ("stage1_steps", "stage2_steps", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         for name in ("accumulation", "measure_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("learning_rate", "router_learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distillation != 0.0 or self.layer_distillation != 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

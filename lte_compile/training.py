@@ -11,7 +11,8 @@ by torchrun or accelerate launch, all processes call it with the same arguments 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
+from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, logit_shift, set_density
 from lte_compile.checkpointing import (
     latest_checkpoint,
     load_weights,
@@ -32,15 +33,19 @@ from lte_compile.checkpointing import (
 from lte_compile.config import Stage
 from lte_compile.controller import DensityController
 from lte_compile.distributed import Processes, Replica, join, require_plain
+from lte_compile.layer_compilation import Accelerated
 from lte_compile.layouts import set_layout
 from lte_compile.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
 from lte_compile.modes import on_device
 from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.step_graphs import StepGraph
 from lte_compile.train_config import Phase, TrainConfig, lte_phases
 
 # Batches the routers are fitted on: with 32 questions of about 12 tokens this is 12,000 tokens, thirty per input
 # component of the smallest model measured here.
 FIT_BATCHES = 32
+# Enough where batches are large: a hundred tokens per input component of a model of width 576.
+PEEKED_TOKENS = 65_536
 # How much rarer densities are measured where nothing is steered: a measurement costs as much as a few steps.
 _REST = 5
 # Devices on which torch's AdamW has a fused implementation.
@@ -153,7 +158,7 @@ def _check(
         require_routers(model)
     if any(phase.trains_routers for phase in phases) and not held_out:
         raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
-    if config.distillation and teacher is None and any(phase.stage is not None for phase in phases):
+    if config.needs_teacher and teacher is None and any(phase.stage is not None for phase in phases):
         raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
 
 
@@ -184,13 +189,20 @@ def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, 
         if checkpoint:
             restore_random(checkpoint)
             processes.reseed(run.config.seed, number + first_step)
+        accelerated = Accelerated(replica.model, run.teacher, enabled=run.config.compile, coarse=run.config.autocast)
+        graph = _step_graph(run, replica)
+        unread: list[tuple[int, Tensor]] = []
         for step in range(first_step, phase.steps):
             _set_rates(optimizer, run.config, step, phase.steps)
-            loss = _step(run, phase, replica, optimizer, step)
-            _report(run, phase, replica.model, step, loss)
+            unread.append((step, _step(run, phase, replica, accelerated, graph, optimizer, step)))
             done = step + 1
             every = run.config.checkpoint_every
-            if run.directory and every and ((number + done) % every == 0 or done == phase.steps):
+            saves = every and ((number + done) % every == 0 or done == phase.steps)
+            # On a GPU a loss is read while the next step runs, unless something waits for it.
+            at_once = unread[-1][1].device.type == "cpu" or saves or _measures(run, phase, step) or done == phase.steps
+            while len(unread) > (0 if at_once else 1):
+                _report(run, phase, replica.model, *unread.pop(0))
+            if saves and run.directory:
                 progress = _progress(run, index, done)
                 save_checkpoint(run.directory, number + done, replica.model, optimizer, progress, processes)
                 processes.reseed(run.config.seed, number + done)
@@ -222,9 +234,14 @@ def controller_of(config: TrainConfig) -> DensityController:
 
 
 def peek_batches(batches: Batches, count: int) -> list[Batch]:
-    """The next batches, without moving on. Labels are left out: routers are fitted to inputs."""
-    position = batches.state_dict()
-    seen: list[Batch] = [{k: v for k, v in batches.next_batch().items() if k != "labels"} for _ in range(count)]
+    """The next batches, without moving on: `count`, or fewer that hold PEEKED_TOKENS together.
+
+    Labels are left out: routers are fitted to inputs.
+    """
+    position, seen, tokens = batches.state_dict(), list[Batch](), 0
+    while len(seen) < count and tokens < PEEKED_TOKENS:
+        seen.append({name: value for name, value in batches.next_batch().items() if name != "labels"})
+        tokens += next(iter(seen[-1].values())).shape[:2].numel()
     batches.load_state_dict(position)
     return seen
 
@@ -258,41 +275,75 @@ def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, steps: int)
         group["lr"] = group["peak"] * share
 
 
-def _step(run: _Run, phase: Phase, replica: Replica, optimizer: Optimizer, step: int) -> float:
-    config, processes = run.config, run.processes
+def _step_graph(run: _Run, replica: Replica) -> StepGraph | None:
+    """Where a step is one backward pass of one process on a CUDA device."""
+    is_one = run.processes.size == 1 and run.config.accumulation == 1
+    if not run.config.compile or not is_one or next(replica.model.parameters()).device.type != "cuda":
+        return None
+    return StepGraph(replica.model, lambda part, weights: _objective(run, replica.model, part, weights))
+
+
+def _objective(run: _Run, model: nn.Module, part: MicroBatch, weights: LossWeights) -> Tensor:
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
+        return weighted_loss(model, part, weights, run.teacher)
+
+
+def _step(
+    run: _Run,
+    phase: Phase,
+    replica: Replica,
+    accelerated: Accelerated,
+    graph: StepGraph | None,
+    optimizer: Optimizer,
+    step: int,
+) -> Tensor:
+    """One optimizer step; returns its loss, on the device."""
+    config, processes, model = run.config, run.processes, replica.model
     weights = _loss_weights(run, phase, step)
-    batch = on_device(replica.model, run.batches.next_batch())
-    device = next(replica.model.parameters()).device
-
-    def objective(model: nn.Module, part: MicroBatch) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            return weighted_loss(model, part, weights, run.teacher)
-
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    # Cut where the batch is, usually the host: counting its tokens on a GPU would wait for all that runs there.
+    batch = run.batches.next_batch()
     parts = list(micro_batches(batch, config.accumulation, rank=processes.rank, processes=processes.size))
-    for number, part in enumerate(parts, start=1):
-        total += replica.backward(part, objective, is_last=number == len(parts))
+    with accelerated.step(padded=not all(part.is_unpadded for part in parts)):
+        for number, part in enumerate(parts, start=1):
+            moved = replace(part, inputs=on_device(model, part.inputs))
+            loss = None if graph is None else graph.backward(moved, weights)
+            if loss is None:
+                is_last = number == len(parts)
+                loss = replica.backward(moved, lambda m, p: _objective(run, m, p, weights), is_last=is_last)
+            total += loss
     total = processes.total(total)
-    if not torch.isfinite(total):
-        raise FloatingPointError(f"the loss became {total.item()} in {phase.name}, step {step + 1}; lower the rates")
-    nn.utils.clip_grad_norm_(replica.model.parameters(), config.max_grad_norm)
+    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(total)
+    return total
 
 
 def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
     distillation = run.config.distillation if run.teacher is not None else 0.0
+    layers = run.config.layer_distillation if run.teacher is not None else 0.0
     if not phase.trains_routers:
-        return LossWeights(distillation=distillation)
+        return LossWeights(distillation=distillation, layers=layers)
     ramp = (step + 1) / phase.steps
     eta = run.controller.eta
-    return LossWeights(efficiency=eta, separability=run.config.separability * ramp, distillation=distillation)
+    separability = run.config.separability * ramp
+    return LossWeights(
+        efficiency=eta,
+        separability=separability,
+        distillation=distillation,
+        layers=layers,
+        watched=run.config.compile,
+    )
 
 
-def _report(run: _Run, phase: Phase, model: nn.Module, step: int, loss: float) -> None:
+def _report(run: _Run, phase: Phase, model: nn.Module, step: int, total: Tensor) -> None:
+    loss = float(total)
+    if not isfinite(loss):
+        raise FloatingPointError(f"the loss became {loss} in {phase.name}, step {step + 1}; lower the rates")
     if _measures(run, phase, step):
-        density = _held_out_density(model, run.held_out, run.processes)
+        holds = phase.trains_routers and run.config.hold_density
+        density = _hold_density(model, run) if holds else _held_out_density(model, run)
         run.controller.latest = density
         if phase.trains_routers:
             run.controller.measure(density)
@@ -308,17 +359,37 @@ def _report(run: _Run, phase: Phase, model: nn.Module, step: int, loss: float) -
     run.on_step(event)
 
 
-def _held_out_density(model: nn.Module, batches: Sequence[Batch], processes: Processes) -> float:
+def _held_out_density(model: nn.Module, run: _Run) -> float:
     """Share of active neurons over all batches, each measured by one process."""
+    batches, processes = run.held_out, run.processes
     counted = torch.zeros(2, dtype=torch.int64)  # active neurons, and all
+    device = next(model.parameters()).device
     for first in range(0, len(batches), processes.size):
         index = first + processes.rank
         is_mine = index < len(batches)  # else the model is run with the others all the same: its shards are needed
-        trace = evaluate_routers(model, [batches[index if is_mine else 0]])
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
+            trace = evaluate_routers(model, [batches[index if is_mine else 0]])
         if is_mine:
             counted += torch.tensor(list(trace.neuron_counts().values())).sum(0)
     active, neurons = processes.total(counted).tolist()
     return active / neurons if neurons else float("nan")
+
+
+@torch.no_grad()
+def _hold_density(model: nn.Module, run: _Run) -> float:
+    """Bring the held-out density to its target by the routers' biases; returns what it was before.
+
+    Not by thresholds: scores would wander off to where the sigmoid passes no gradient.
+    """
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
+        measured = torch.tensor(logit_shift(model, run.held_out, run.config.target_density))
+    shift, density = (run.processes.total(measured) / run.processes.size).tolist()  # the same in all processes
+    for router in routers(model):
+        if router.bias is not None:
+            router.bias.sub_(shift)
+        router.score_quantiles = ()  # of before the shift
+    return float(density)
 
 
 def _measures(run: _Run, phase: Phase, step: int) -> bool:

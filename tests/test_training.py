@@ -337,6 +337,20 @@ def test_a_fixed_eta_decides_the_density_and_thresholds_stay(stage2_steps: int) 
     assert densities[0] > densities[1] + 0.1  # from the same start
 
 
+def test_a_held_density_is_the_target_at_every_measurement() -> None:
+    worst = {}
+    for held in (False, True):
+        model = _model()
+        rates = {"learning_rate": 3e-3, "router_learning_rate": 3e-2, "measure_every": 2}
+        config = _config(hold_density=held, stage1_steps=60, stage2_steps=0, **rates)
+        events = train(model, _batches(), config, held_out=_held_out())
+        worst[held] = max(abs(event.density - 0.4) for event in events[10:] if event.density is not None)
+        assert {router.threshold for router in routers(model)} == {0.5}
+    # What two steps at that rate change; 8 experts on 128 texts make steps of about a hundredth.
+    assert worst[True] < 0.08
+    assert worst[True] < 0.6 * worst[False]
+
+
 def test_missing_pieces_are_named() -> None:
     with pytest.raises(ValueError, match="held_out is empty"):
         train(_model(), _batches(), _config())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from lte_compile.config import Grouping
+from lte_compile.config import Grouping, RouterKind
 from lte_compile.train_config import Gates
 
 if TYPE_CHECKING:
@@ -43,13 +43,20 @@ CustomOps = Annotated[
 
 ExpertSize = Annotated[int, typer.Option(help="Neurons per expert. The paper's is 32.")]
 GroupingOption = Annotated[Grouping, typer.Option("--grouping", help="How neurons become experts.")]
+RouterOption = Annotated[
+    RouterKind, typer.Option("--router", help="linear is the paper's; two-layer adds features of the input.")
+]
+RouterRank = Annotated[
+    int | None, typer.Option(help="Features of a two-layer router.", show_default="a quarter of the width")
+]
 
 Task = Annotated[
     str,
     typer.Option(
         "--task",
         metavar="NAME|FILE",
-        help="trec or movie (classification), sotu or shakespeare (text), or a .csv, .jsonl or .txt file.",
+        help="trec, trec-fine, movie, newsgroups, reuters, wordnet or brown-genres (classification), sotu, "
+        "shakespeare, brown or prose (text), docstrings (generation), or a .csv, .jsonl or .txt file.",
     ),
 ]
 FinetuneSteps = Annotated[
@@ -65,10 +72,16 @@ Eta = Annotated[
     float | None,
     typer.Option(help="A fixed weight of the efficiency loss.", show_default="steered by the density"),
 ]
+HoldDensity = Annotated[
+    bool, typer.Option("--hold-density", help="Shift routers' biases to the target at every measurement.")
+]
 FitRouter = Annotated[bool, typer.Option("--fit-router/--no-fit-router", help="Start from routers fitted to data.")]
 Distillation = Annotated[float, typer.Option(help="Weight of the dense model's outputs as targets, 0 to 1.")]
+LayerDistillation = Annotated[float, typer.Option(help="Weight of each layer's distance from the dense model's.")]
 Accumulation = Annotated[int, typer.Option(help="Micro-batches a batch is cut into.")]
 Autocast = Annotated[bool, typer.Option("--autocast", help="bfloat16 autocast.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile of layers and losses; pays off in long runs.")]
+MeasureEvery = Annotated[int, typer.Option(help="Steps between measurements of the density on validation batches.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")]
 
 # An enum of tasks_api would do, but that module imports torch.

@@ -36,15 +36,17 @@ from lte_compile.persistence import save_pretrained
 from lte_compile.progress import TrainingProgress
 from lte_compile.results import write_atomically
 from lte_compile.routing import routers, set_stage
-from lte_compile.tasks_api import EncodedTask, OnDevice, without_labels
+from lte_compile.tasks_api import EncodedTask, TaskKind, without_labels
 from lte_compile.train_config import Phase, TrainConfig
 from lte_compile.training import train
 from lte_compile.transform import transform
 
 # Two epochs of 4,300 questions in batches of 32: a new classification head is as good after them as after three.
 FINETUNE_STEPS_OF_A_NEW_HEAD = 270
-# Held-out batches that steer the density: about 2,000 short tokens, or 8,000 of windows. More only cost time.
+# Held-out data that steers the density: up to four batches, about 2,000 short tokens, or 8,000 of windows. More only
+# costs time; a batch too many every ten steps is a step in ten lost.
 HELD_OUT_BATCHES = 4
+HELD_OUT_TOKENS = 8_192
 SETTINGS_FILE = "settings.json"
 
 
@@ -70,7 +72,8 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on from another's checkpoints."""
         task = {name: str(value) for name, value in vars(self.task).items() if name != "test_examples"}
-        config = {name: value for name, value in self.train.to_dict().items() if name != "checkpoint_every"}
+        free = ("checkpoint_every", "compile")
+        config = {name: value for name, value in self.train.to_dict().items() if name not in free}
         steps = {"finetune_steps": self.finetune_steps}
         return {"model": self.model, **task, **self.transform.to_dict(), **config, **steps}
 
@@ -137,12 +140,12 @@ def _run(
     start: float,
 ) -> Trained:
     device = next(model.parameters()).device
-    held_out = data.held_out(HELD_OUT_BATCHES, device)
+    held_out = steering_batches(data, device)
     test = data.test_examples()
     _finetune(model, data, settings, finetune_steps, progress)
     with progress.working("evaluating the dense model"):
         dense = data.evaluate(model, test)
-    teacher = copy.deepcopy(model) if settings.train.distillation else None
+    teacher = copy.deepcopy(model) if settings.train.needs_teacher else None
     are_trained = any(router.score_quantiles for router in routers(model))
     if not any(routers(model)):
         with progress.working("transforming"):
@@ -150,10 +153,9 @@ def _run(
             transform(model, settings.transform, activations=activations)
     # Trained routers are where training goes on from; fitting would throw away what they learned.
     config = replace(settings.train, fit_router=settings.train.fit_router and not are_trained)
-    batches = OnDevice(data.training_batches(config.seed), device)
     train(
         model,
-        batches,
+        data.training_batches(config.seed),
         config,
         held_out=held_out,
         teacher=teacher,
@@ -185,10 +187,19 @@ def _finetune(
         set_stage(model, Stage.DENSE)
     if not steps:
         return
-    batches = OnDevice(data.training_batches(settings.train.seed), next(model.parameters()).device)
+    batches = data.training_batches(settings.train.seed)
     phases = [Phase(name="fine-tune", steps=steps)]
     directory = settings.checkpoints / "finetune"
     train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress, shard=settings.shard)
+
+
+def steering_batches(data: EncodedTask, device: torch.device) -> list[Batch]:
+    """The validation batches that a training measures densities on."""
+    size = data.size
+    enough = HELD_OUT_BATCHES
+    if data.kind is not TaskKind.CLASSIFICATION:
+        enough = min(max(HELD_OUT_TOKENS // (size.batch_size * size.window), 1), HELD_OUT_BATCHES)
+    return data.held_out(enough, device)
 
 
 def finetune_steps_of(asked: int | None, path: Path, task: Task) -> int:
