@@ -24,7 +24,7 @@ from lte_compile.data.batches import (
     language_model_batches,
     pair_batches,
 )
-from lte_compile.data.tasks import CORPORA, TASKS, LabelledTask, Pairs, Task, load_corpus, load_pairs, load_task
+from lte_compile.data.tasks import CORPORA, PAIRS, TASKS, LabelledTask, Pairs, Task, load_corpus, load_pairs, load_task
 from lte_compile.data.user_files import is_user_file
 from lte_compile.evaluation import Evaluation, evaluate
 from lte_compile.generation import mean_rouge_l
@@ -68,6 +68,8 @@ DEFAULT_SIZES: Mapping[TaskKind, TaskSize] = {
     TaskKind.LANGUAGE_MODEL: TaskSize(batch_size=8, test_examples=64),
     TaskKind.GENERATION: TaskSize(batch_size=8, test_examples=256),
 }
+# Prompts that are continued together: a token costs a GPU as much for 64 as for 8, and their caches are small.
+GENERATED_AT_ONCE = 64
 _METRICS: Mapping[TaskKind, Metric] = {
     TaskKind.CLASSIFICATION: Metric.ACCURACY,
     TaskKind.LANGUAGE_MODEL: Metric.PERPLEXITY,
@@ -106,7 +108,8 @@ class EncodedTask:
         measured = evaluate(model, self.test_batches(examples))
         if self.metric is not Metric.ROUGE_L:
             return measured
-        score = mean_rouge_l(model, self.tokenizer, examples, batch_size=self.size.batch_size)
+        at_once = max(self.size.batch_size, GENERATED_AT_ONCE)
+        score = mean_rouge_l(model, self.tokenizer, examples, batch_size=at_once)
         return replace(measured, rouge_l=score)
 
     def training_batches(self, seed: int) -> TextBatches:
@@ -125,19 +128,25 @@ class EncodedTask:
         return language_model_batches(self.task.train, self.tokenizer, batch_size=size, window=window, seed=seed)
 
     def held_out(self, count: int, device: torch.device) -> list[Batch]:
-        """The first `count` batches of the validation split."""
-        examples = self._encode(self.task.valid)
+        """The first `count` batches of the validation split; of prose as many windows, from all over it."""
+        examples = self._some(self._encode(self.task.valid), count * self.size.batch_size)
         batches = evaluation_batches(examples, self.tokenizer, batch_size=self.size.batch_size)
         return [to_device(batch, device) for batch in islice(batches, count)]
 
     def test_examples(self) -> tuple[Example, ...]:
-        """The test split, or its beginning."""
+        """The test split, or its beginning; of prose as many windows, from all over it."""
         examples = self._encode(self.task.test)
-        return examples[: self.size.test_examples] if self.size.test_examples else examples
+        return self._some(examples, self.size.test_examples) if self.size.test_examples else examples
 
     def test_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Each example once."""
         yield from evaluation_batches(examples, self.tokenizer, batch_size=self.size.batch_size)
+
+    def _some(self, examples: Sequence[Example], count: int) -> tuple[Example, ...]:
+        """Documents follow each other: the first windows of a split would be one or two authors'."""
+        if self.kind is not TaskKind.LANGUAGE_MODEL or count >= len(examples):
+            return tuple(examples[:count])
+        return tuple(examples[index * len(examples) // count] for index in range(count))
 
     def _encode(self, split: Sequence[Any]) -> tuple[Example, ...]:
         if self.kind is TaskKind.CLASSIFICATION:
@@ -145,23 +154,6 @@ class EncodedTask:
         if self.kind is TaskKind.GENERATION:
             return encode_pairs(split, self.tokenizer, self.size.window)
         return encode_windows(split, self.tokenizer, self.size.window)
-
-
-class OnDevice:
-    """Batches (lte_compile.training.Batches) moved to where the model is."""
-
-    def __init__(self, batches: TextBatches, device: torch.device) -> None:
-        self._batches = batches
-        self._device = device
-
-    def next_batch(self) -> dict[str, Tensor]:
-        return to_device(self._batches.next_batch(), self._device)
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return self._batches.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._batches.load_state_dict(state)
 
 
 def open_task(name: str, kind: TaskKind | None = None) -> Task:
@@ -186,8 +178,10 @@ def named_kind(name: str) -> TaskKind:
         return TaskKind.CLASSIFICATION
     if name in CORPORA:
         return TaskKind.LANGUAGE_MODEL
+    if name in PAIRS:
+        return TaskKind.GENERATION
     if not is_user_file(name):
-        known = [*TASKS, *CORPORA]
+        known = [*TASKS, *CORPORA, *PAIRS]
         near = get_close_matches(name, known, n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"no task {name!r}; known are {', '.join(known)}, or give a .csv, .jsonl or .txt file{hint}")

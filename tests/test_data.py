@@ -357,7 +357,8 @@ def test_real_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     trec = load_task("trec")
     assert [len(split) for split in (trec.train, trec.valid, trec.test)] == [3766, 538, 1077]
-    assert len(load_task("movie").labels) == 2
+    labels = {"trec-fine": 50, "movie": 2, "newsgroups": 20, "reuters": 52, "wordnet": 41, "brown-genres": 15}
+    assert {name: len(load_task(name).labels) for name in labels} == labels
     for name in ("sotu", "shakespeare"):
         assert sum(len(document) for document in load_corpus(name).train) > 2_000_000
 

@@ -85,7 +85,7 @@ def test_file_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_task, load_corpus])
 def test_unknown_names_list_the_known(load: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match=r"'nothing'; give one of (trec, movie|sotu, shakespeare)"):
+    with pytest.raises(ValueError, match=r"'nothing'; give one of (trec, trec-fine|sotu, shakespeare)"):
         load("nothing")
 
 
@@ -97,26 +97,6 @@ def test_own_prose_is_split_by_paragraphs(tmp_path: Path) -> None:
     assert all(len(piece) <= 2000 for piece in pieces)
     for paragraph in paragraphs:
         assert sum(paragraph.strip() in piece for piece in pieces) == 1
-
-
-def test_trec_and_movie_read_their_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    questions = [f"{label}:fine What is number {i} ?" for i, label in enumerate(["DESC", "NUM"] * 10)]
-    (tmp_path / "question_labels.txt").write_text("\n".join([*questions, "no label here"]), encoding="latin-1")
-    hutto = tmp_path / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
-    hutto.parent.mkdir()
-    ratings = [("1.5", "a ''fine''\tfilm"), ("-0.5", "dull"), ("0", "neither")]
-    lines = [f"{i}\t{rating}\t{text} {i}" for i in range(10) for rating, text in ratings]
-    hutto.write_text("\n".join(["id\tsentiment\ttext", *lines]))
-    monkeypatch.setattr("lte_compile.data.tasks.fetch_package", lambda package: tmp_path)
-
-    trec = load_task("trec")
-    assert (trec.labels, len(trec.train), len(trec.test)) == (("DESC", "NUM"), 14, 4)
-    assert all(text.startswith("What is number") for text, _ in trec.train)
-    movie = load_task("movie")
-    rows = {*movie.train, *movie.valid, *movie.test}
-    assert (len(rows), movie.labels) == (20, ("negative", "positive"))
-    assert ('a "fine"\tfilm 0', 1) in rows
-    assert ("dull 0", 0) in rows
 
 
 # ---- batches

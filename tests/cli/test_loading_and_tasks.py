@@ -14,7 +14,6 @@ from lte_compile.routing import routers
 from lte_compile.tasks_api import (
     DEFAULT_SIZES,
     EncodedTask,
-    OnDevice,
     TaskKind,
     TaskSize,
     kind_of,
@@ -86,7 +85,7 @@ def test_encoded_splits(llama: Path, prose: Path) -> None:
     device = torch.device("cpu")
     assert len(task.held_out(3, device)) == 3
     assert [len(batch["input_ids"]) for batch in task.test_batches(task.test_examples())] == [4, 4, 2]
-    batches = OnDevice(task.training_batches(seed=0), device)
+    batches = task.training_batches(seed=0)
     start = batches.state_dict()
     first = batches.next_batch()["input_ids"]
     batches.load_state_dict(start)
