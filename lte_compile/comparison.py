@@ -1,25 +1,30 @@
 """Running methods over densities and seeds: one JSON file per point, written when done, skipped when there.
 
 All of one seed start from the same fine-tuned model and see the same batches (lte_compile.baselines.workbench).
+Processes that run the same points over the same directory share them out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import groupby
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from lte_compile.baselines import AtDensity, Method, Workbench, find_method
+from lte_compile.baselines import METHODS, AtDensity, Method, Workbench, find_method
+from lte_compile.claims import claim
 from lte_compile.evaluation import Evaluation
 from lte_compile.results import write_atomically
 
 Judge: TypeAlias = Callable[[nn.Module], tuple[float, Evaluation]]  # quality on the test split, and all it rests on
+
+CLAIMS = "claims"
+# Seconds between looks at what other processes are doing; the shortest training takes as long.
+PAUSE = 1.0
 
 
 @dataclass(frozen=True, order=True)
@@ -88,45 +93,116 @@ def run_points(
     open_bench: Callable[[int], Workbench],
     judge: Judge,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    wait: bool = True,
 ) -> tuple[PointResult, ...]:
-    """Run what has no file in `directory` yet; returns the results of all points.
+    """Run what has no file in `directory` yet, in the order given; returns the results of all points that have one.
 
     Args:
         open_bench: makes a seed's workbench; called for seeds with something to do.
         say: takes a line about each point.
+        wait: for points that other processes are running.
 
     Raises:
         FloatingPointError: points whose training gave no finite loss; every other point was run before.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    missing = [point for point in points if not (directory / point.file_name).exists()]
+    run = _Run(directory / CLAIMS, directory, open_bench, judge, say)
+    missing = [point for point in points if not run.path(point).exists()]
     if done := len(points) - len(missing):
         say(f"{done} of {len(points)} points are there already")
-    failures: list[str] = []
-    for seed, of_seed in groupby(missing, key=lambda point: point.seed):
-        bench = open_bench(seed)
-        for name, of_method in groupby(of_seed, key=lambda point: point.method):
-            failures += _run_method(find_method(name), list(of_method), directory, bench, judge, say)
-    if failures:
+    pieces = _pieces(points)
+    while waiting := [piece for piece in pieces if not run.is_done(piece)]:
+        if any(run.take(piece) for piece in sorted(waiting, key=run.distance)):
+            continue
+        if not wait:
+            break
+        time.sleep(PAUSE)
+    if failures := [text for piece in pieces if (text := run.failure(piece)) is not None]:
         raise FloatingPointError("; ".join(failures))
-    return tuple(read_point(directory / point.file_name) for point in points)
+    return tuple(read_point(run.path(point)) for point in points if run.path(point).exists())
 
 
-def _run_method(
-    method: Method, points: Sequence[Point], directory: Path, bench: Workbench, judge: Judge, say: Callable[[str], None]
-) -> Iterator[str]:
-    """Yields what went wrong: one method's divergence must not cost the others their runs."""
-    start = perf_counter()
-    try:
-        at = method.fit(bench)
-        for point in points:
-            result = _run_point(point, at, bench, judge, start)
-            write_atomically(directory / point.file_name, json.dumps(asdict(result), indent=1).encode())
-            say(f"{method.title} at {point.target:g}, seed {point.seed}: {result.quality:.4g} at {result.density:.3f}")
-            start = perf_counter()
-    except FloatingPointError as error:
-        say(f"{method.title}, seed {points[0].seed}: {error}")
-        yield f"{method.name}, seed {points[0].seed}: {error}"
+@dataclass(frozen=True)
+class _Piece:
+    """What one process does in one go: a point, or all of a method that fits something for all densities."""
+
+    name: str
+    method: Method
+    points: tuple[Point, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.points[0].seed
+
+
+def _pieces(points: Sequence[Point]) -> list[_Piece]:
+    named: dict[str, list[Point]] = {}
+    for point in points:
+        each = find_method(point.method).fits_each_density
+        named.setdefault(Path(point.file_name).stem if each else f"{point.method}-seed{point.seed}", []).append(point)
+    return [_Piece(name, find_method(of_one[0].method), tuple(of_one)) for name, of_one in named.items()]
+
+
+@dataclass
+class _Run:
+    """One process's part in a comparison. A failure is noted beside the claim, so that others leave it alone."""
+
+    claims: Path
+    directory: Path
+    open_bench: Callable[[int], Workbench]
+    judge: Judge
+    say: Callable[[str], None]
+    benches: dict[int, Workbench] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def path(self, point: Point) -> Path:
+        return self.directory / point.file_name
+
+    def is_done(self, piece: _Piece) -> bool:
+        return self.failure(piece) is not None or all(self.path(point).exists() for point in piece.points)
+
+    def failure(self, piece: _Piece) -> str | None:
+        """What went wrong since this process began; what failed in earlier runs is tried again."""
+        note = self._note(piece)
+        return note.read_text() if note.exists() and note.stat().st_mtime >= self.started else None
+
+    def distance(self, piece: _Piece) -> tuple[bool, bool, int]:
+        """Of a seed whose models are here before others; dense models first, for others to find them trained."""
+        return piece.seed not in self.benches, piece.method.only_density != 1.0, piece.seed
+
+    def take(self, piece: _Piece) -> bool:
+        """Run the piece, unless another process is at it or has been; returns whether it was this one."""
+        with claim(self.claims / f"{piece.name}.lock", wait=False) as is_mine:
+            if not is_mine or self.is_done(piece):
+                return False
+            try:
+                self._run(piece)
+            except FloatingPointError as error:
+                self.say(f"{piece.method.title}, seed {piece.seed}: {error}")
+                self._note(piece).write_text(f"{piece.method.name}, seed {piece.seed}: {error}")
+        return True
+
+    def _run(self, piece: _Piece) -> None:
+        start, bench = time.perf_counter(), self._bench(piece.seed)
+        at = piece.method.fit(bench)
+        for point in piece.points:
+            if self.path(point).exists():
+                continue
+            result = _run_point(point, at, bench, self.judge, start)
+            write_atomically(self.path(point), json.dumps(asdict(result), indent=1).encode())
+            what = f"{piece.method.title} at {point.target:g}, seed {point.seed}"
+            self.say(f"{what}: {result.quality:.4g} at {result.density:.3f}")
+            start = time.perf_counter()
+
+    def _bench(self, seed: int) -> Workbench:
+        """Of one seed at a time: each holds models."""
+        if seed not in self.benches:
+            self.benches.clear()
+            self.benches[seed] = self.open_bench(seed)
+        return self.benches[seed]
+
+    def _note(self, piece: _Piece) -> Path:
+        return self.claims / f"{piece.name}.failed"
 
 
 def _run_point(point: Point, at: AtDensity, bench: Workbench, judge: Judge, start: float) -> PointResult:
@@ -144,9 +220,16 @@ def _run_point(point: Point, at: AtDensity, bench: Workbench, judge: Judge, star
             weight_bytes_per_token=chosen.weight_bytes_per_token if chosen else 0.0,
             flops_per_token=chosen.flops_per_token if chosen else 0.0,
             training_tokens=bench.tokens_of(model),
-            seconds=round(perf_counter() - start, 1),
+            seconds=round(time.perf_counter() - start, 1),
             selection=asdict(chosen) if chosen else None,
         )
+
+
+def read_points(directory: Path) -> tuple[PointResult, ...]:
+    """All results of a directory, by seed, method (LTE first, then as registered) and density."""
+    order = ["lte", *METHODS]
+    results = [read_point(path) for path in directory.glob("*.json")]
+    return tuple(sorted(results, key=lambda r: (r.seed, order.index(r.method), -r.target)))
 
 
 def read_point(path: Path) -> PointResult:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.baselines.predicted import at_share, learn_from_traces, routed_by
+from lte_compile.baselines.predicted import at_share, dense_with_experts, learn_from_traces, routed_by
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Grouping, TransformConfig
@@ -42,14 +42,14 @@ class LowRankRouter(Router):
         return self.logits(x_TD).sigmoid()
 
 
-@method("deja-vu", title="Deja Vu", granularity=Granularity.NEURON, needs=Needs.TEXT)
+@method("deja-vu", title="Deja Vu", granularity=Granularity.NEURON, needs=Needs.TEXT, fits_each_density=True)
 def deja_vu(bench: Workbench) -> AtDensity:
     config = replace(bench.transform, expert_size=1, grouping=Grouping.CONTIGUOUS, router_bias=False)
 
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
-        model = bench.dense_copy()
-        routers = routed_by(bench, model, config, LowRankRouter)
+        model = dense_with_experts(bench, config)
+        routers = routed_by(model, LowRankRouter)
 
         def loss(router: LowRankRouter, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
             return F.binary_cross_entropy_with_logits(router.logits(x_TD), top_share(hidden_TF.abs(), density))

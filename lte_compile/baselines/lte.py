@@ -14,20 +14,19 @@ from lte_compile.calibration import place_thresholds
 from lte_compile.config import Stage
 from lte_compile.routing import set_stage
 from lte_compile.train_config import Phase, lte_phases
-from lte_compile.transform import transform
 
 
-@method("lte", title="LTE", granularity=Granularity.EXPERT, needs=Needs.TRAINING)
+@method("lte", title="LTE", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)
 def lte(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
-        model = bench.start_copy()
-        transform(model, bench.transform, bench.example, activations=bench.activations(model, bench.transform))
+        model = bench.transformed(bench.transform)
         name = f"lte-{density:g}"
         bench.train(model, name, _phases(bench, density), steer=True, target_density=density)
         set_stage(model, Stage.HARD)
         if bench.config.eta is None:
             place_thresholds(model, bench.calibration, density)
+        bench.keep(model, name)
         yield model
         bench.forget(name)
 

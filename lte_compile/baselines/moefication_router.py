@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_compile.baselines.moefication import activation_mass
-from lte_compile.baselines.predicted import at_share, learn_from_traces, routed_by
+from lte_compile.baselines.predicted import at_share, dense_with_experts, learn_from_traces, routed_by
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Grouping, TransformConfig
@@ -43,8 +43,8 @@ class MlpRouter(Router):
 
 @method("moefication", title="MoEfication, router", granularity=Granularity.EXPERT, needs=Needs.TEXT)
 def moefication(bench: Workbench) -> AtDensity:
-    model = bench.dense_copy()
-    routers = routed_by(bench, model, replace(bench.transform, grouping=Grouping.BALANCED_KMEANS), MlpRouter)
+    model = dense_with_experts(bench, replace(bench.transform, grouping=Grouping.BALANCED_KMEANS))
+    routers = routed_by(model, MlpRouter)
     learn_from_traces(bench, model, _loss, routers, LEARNING_RATE)
 
     def at(density: float) -> AbstractContextManager[nn.Module]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.baselines.predicted import RULE, at_share, routed_by, set_share
+from lte_compile.baselines.predicted import RULE, at_share, routed_by, set_share, start_with_experts
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Stage, TransformConfig
@@ -61,12 +61,12 @@ class NoisyTopKRouter(Router):
         return logits_TE + torch.randn_like(logits_TE) * F.softplus(F.linear(wide_TD, self.noise_weight))
 
 
-@method("noisy-topk", title="Noisy top-k", granularity=Granularity.EXPERT, needs=Needs.TRAINING)
+@method("noisy-topk", title="Noisy top-k", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)
 def noisy_topk(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
-        model = bench.start_copy()
-        routed_by(bench, model, bench.transform, NoisyTopKRouter)
+        model = start_with_experts(bench, bench.transform)
+        routed_by(model, NoisyTopKRouter)
         set_share(model, density)
         phase = Phase(name=f"noisy top-k at {density:g}", steps=bench.steps, stage=Stage.SOFT, selection=RULE)
         name = f"noisy-topk-{density:g}"

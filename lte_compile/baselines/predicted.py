@@ -16,7 +16,7 @@ from torch.optim import Adam
 
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.calibration import SeeFfn, watch_ffns
-from lte_compile.config import Stage, TransformConfig
+from lte_compile.config import RouterKind, Stage, TransformConfig
 from lte_compile.modes import in_stage
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing import Router, require_routers, set_stage
@@ -29,10 +29,8 @@ PredictionLoss: TypeAlias = Callable[[R, Tensor, Tensor], Tensor]  # (router, x 
 RULE = "top_share"
 
 
-def routed_by(bench: Workbench, model: nn.Module, config: TransformConfig, make: MakeRouter[R]) -> tuple[R, ...]:
-    """Transform `model` in place, with routers from `make(site, config, like)` in the place of LTE's."""
-    config = replace(config, selection=RULE)
-    transform(model, config, bench.example, activations=bench.activations(model, config))
+def routed_by(model: nn.Module, make: MakeRouter[R]) -> tuple[R, ...]:
+    """Put routers from `make(site, config, like)` in the place of LTE's, in a transformed model."""
     made = []
     for old in require_routers(model):
         if len(old.site.places) > 1:
@@ -41,6 +39,18 @@ def routed_by(bench: Workbench, model: nn.Module, config: TransformConfig, make:
         model.set_submodule(old.site.router_path, new)
         made.append(new)
     return tuple(made)
+
+
+def dense_with_experts(bench: Workbench, config: TransformConfig) -> nn.Module:
+    """A copy of the dense model with routers that keep a share."""
+    model, config = bench.dense_copy(), replace(config, selection=RULE, router=RouterKind.LINEAR)
+    transform(model, config, bench.example, activations=bench.activations(model, config))
+    return model
+
+
+def start_with_experts(bench: Workbench, config: TransformConfig) -> nn.Module:
+    """The same of the start, to be trained."""
+    return bench.transformed(replace(config, selection=RULE, router=RouterKind.LINEAR))
 
 
 @contextmanager
@@ -61,7 +71,8 @@ def learn_from_traces(
     bench: Workbench, model: nn.Module, loss: PredictionLoss[R], routers: tuple[R, ...], rate: float
 ) -> None:
     """Train each router by Adam on what the dense model's FFNs read and compute, batch by batch, storing nothing."""
-    with in_stage(model, Stage.DENSE):
+    device = next(model.parameters()).device.type
+    with in_stage(model, Stage.DENSE), torch.autocast(device, torch.bfloat16, enabled=bench.config.autocast):
         watch_ffns(model, bench.traces(), {router.site: _learner(router, loss, rate) for router in routers})
 
 
@@ -69,7 +80,7 @@ def _learner(router: R, loss: PredictionLoss[R], rate: float) -> SeeFfn:
     optimizer = Adam(router.parameters(), lr=rate)
 
     def learn(x_TD: Tensor, hidden_TF: Tensor) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(x_TD.device.type, enabled=False):
             value = loss(router, x_TD.float(), hidden_TF.float())
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]

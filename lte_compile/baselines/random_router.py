@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lte_compile.baselines.predicted import RULE, at_share, routed_by, set_share
+from lte_compile.baselines.predicted import RULE, at_share, routed_by, set_share, start_with_experts
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Stage, TransformConfig
@@ -20,12 +20,12 @@ from lte_compile.routing import Router
 from lte_compile.train_config import Phase
 
 
-@method("random", title="Random router", granularity=Granularity.EXPERT, needs=Needs.TRAINING)
+@method("random", title="Random router", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)
 def random_router(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
-        model = bench.start_copy()
-        routed_by(bench, model, bench.transform, _RandomRouters(bench.config.seed))
+        model = start_with_experts(bench, bench.transform)
+        routed_by(model, _RandomRouters(bench.config.seed))
         set_share(model, density)
         phase = Phase(name=f"random router at {density:g}", steps=bench.steps, stage=Stage.HARD, selection=RULE)
         name = f"random-{density:g}"

@@ -60,6 +60,7 @@ class Method:
         title: in tables and plots.
         is_oracle: it looks at values that it then leaves out, so it saves no work: a bound, not a competitor.
         only_density: the one density it can be run at; None for any.
+        fits_each_density: nothing is shared by densities, so that several processes may take one each.
         fit: see this module's text.
     """
 
@@ -69,6 +70,7 @@ class Method:
     needs: Needs
     is_oracle: bool = False
     only_density: float | None = None
+    fits_each_density: bool = False
     fit: Fit
 
 
@@ -83,6 +85,7 @@ def method(
     needs: Needs,
     is_oracle: bool = False,
     only_density: float | None = None,
+    fits_each_density: bool = False,
 ) -> Callable[[Fit], Fit]:
     """Register a function as the method of that name."""
 
@@ -96,6 +99,7 @@ def method(
             needs=needs,
             is_oracle=is_oracle,
             only_density=only_density,
+            fits_each_density=fits_each_density,
             fit=fit,
         )
         return fit

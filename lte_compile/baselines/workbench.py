@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lte_compile.calibration import collect_activations, locate_sites
+from lte_compile.claims import claim
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.inspection import inspect, require_sites
 from lte_compile.losses import Batch
 from lte_compile.passes.ir import FfnSite
+from lte_compile.routing import routers
 from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import Batches, OnStep, train
+from lte_compile.training import Batches, OnStep, peek_batches, train
+from lte_compile.transform import transform
 
 # Training batches that co-activation grouping looks at; docs/training.md's runs used as many.
 GROUPING_BATCHES = 32
@@ -59,6 +65,8 @@ class Workbench:
         transform: how LTE forms its experts; the expert size is everybody's.
         directory: for checkpoints; None keeps none.
         example: keyword arguments to trace the model with; transformers models need none.
+        dense_learning_rate: of the dense model, where another rate than everybody's suits it better.
+        keep: takes a trained LTE model, ready to run, and its name.
     """
 
     start: nn.Module
@@ -70,7 +78,10 @@ class Workbench:
     directory: Path | None = None
     example: Mapping[str, Any] | None = None
     on_step: OnStep = lambda event: None
+    dense_learning_rate: float | None = None
+    keep: Callable[[nn.Module, str], None] = lambda model, name: None
     _tokens: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary, init=False)
+    _grouped: dict[TransformConfig, Mapping[str, Tensor]] = field(default_factory=dict, init=False)
 
     @property
     def steps(self) -> int:
@@ -79,10 +90,19 @@ class Workbench:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The start trained on, densely, for all steps: what methods without training of their own are applied to."""
-        model = self.start_copy()
-        self.train(model, "dense", [Phase(name="dense", steps=self.steps)])
+        """The start trained on, densely, for all steps: what methods without training of their own are applied to.
+
+        On the labels alone: the start as its teacher would only hold it back.
+        """
+        model, phase = self.start_copy(), Phase(name="dense", steps=self.steps)
+        rate = self.dense_learning_rate or self.config.learning_rate
+        with self.alone("dense"):
+            self.train(model, "dense", [phase], learning_rate=rate, distillation=0.0, layer_distillation=0.0)
         return model.eval()
+
+    def alone(self, name: str) -> AbstractContextManager[object]:
+        """Among processes that share the directory: others wait, and then find what was trained."""
+        return claim(self.directory / f"{name}.lock") if self.directory else nullcontext()
 
     @cached_property
     def sites(self) -> tuple[FfnSite, ...]:
@@ -97,6 +117,34 @@ class Workbench:
         model = copy.deepcopy(self.dense)
         self._tokens[model] = self.tokens_of(self.dense)
         return model
+
+    def transformed(self, config: TransformConfig) -> nn.Module:
+        """A copy of `start` with routers. Neurons are grouped once for all densities and processes."""
+        if config not in self._grouped:
+            self._grouped[config] = self._grouped_weights(config)
+        model = self.start_copy()
+        model.load_state_dict(self._grouped[config], strict=False)
+        transform(model, replace(config, grouping=Grouping.CONTIGUOUS), self.example)
+        for router in routers(model):
+            router.config = replace(router.config, grouping=config.grouping)
+        return model
+
+    def _grouped_weights(self, config: TransformConfig) -> Mapping[str, Tensor]:
+        """Those tensors of the start that have another order with neurons in groups."""
+        name = f"{config.grouping}-{config.expert_size}"
+        file = self.directory / f"{name}.safetensors" if self.directory else None
+        with self.alone(name):
+            if file and file.exists():
+                loaded: dict[str, Tensor] = load_file(file, device=str(next(self.start.parameters()).device))
+                return loaded
+            model, start = self.start_copy(), self.start.state_dict()
+            transform(model, config, self.example, activations=self.activations(model, config))
+            state = model.state_dict()
+            moved = {name: state[name].contiguous() for name in start if not torch.equal(state[name], start[name])}
+            if file:
+                save_file(moved, file.with_suffix(".partial"))
+                file.with_suffix(".partial").rename(file)
+            return moved
 
     def train(
         self, model: nn.Module, name: str, phases: Sequence[Phase], *, steer: bool = False, **changes: Any
@@ -113,7 +161,7 @@ class Workbench:
             batches,
             replace(self.config, **changes),
             held_out=self.steering if steer else (),
-            teacher=self.start if self.config.distillation else None,
+            teacher=self.start if self.config.needs_teacher else None,
             directory=self.directory / name if self.directory else None,
             phases=phases,
             on_step=self.on_step,
@@ -135,9 +183,7 @@ class Workbench:
         """What grouping by co-activation looks at; nothing for other groupings."""
         if config.grouping is not Grouping.COACTIVATION:
             return {}
-        batches = self.new_batches()
-        seen = [_unlabelled(batches.next_batch()) for _ in range(GROUPING_BATCHES)]
-        return collect_activations(model, self.sites, seen)
+        return collect_activations(model, self.sites, peek_batches(self.new_batches(), GROUPING_BATCHES))
 
     def forget(self, name: str) -> None:
         """Drop the checkpoints of a finished training."""

@@ -11,7 +11,7 @@ import typer
 from lte_compile.cli import options
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, emit, only_result_on_stdout
-from lte_compile.config import Grouping, TransformConfig
+from lte_compile.config import Grouping, RouterKind, TransformConfig
 from lte_compile.train_config import Gates, TrainConfig
 
 
@@ -42,6 +42,8 @@ def convert(
     out: options.OutDirectory,
     expert_size: options.ExpertSize = 32,
     grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    router: options.RouterOption = RouterKind.LINEAR,
+    router_rank: options.RouterRank = None,
     seed: options.Seed = 0,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), fp32, fp16, bf16 or fp64.")] = "auto",
     task: Annotated[str, typer.Option(help="Text to run for --grouping coactivation; as in train.")] = "",
@@ -56,7 +58,9 @@ def convert(
         settings = ConvertSettings(
             model=model,
             out=out,
-            config=TransformConfig(expert_size=expert_size, grouping=grouping, seed=seed),
+            config=TransformConfig(
+                expert_size=expert_size, grouping=grouping, seed=seed, router=router, router_rank=router_rank
+            ),
             dtype=dtype,
             task=TaskOptions(name=task) if task else None,
             overwrite=overwrite,
@@ -80,8 +84,10 @@ def train(
     gates: options.GatesOption = Gates.STRAIGHT_THROUGH,
     separability: options.Separability = 0.0,
     eta: options.Eta = None,
+    hold_density: options.HoldDensity = False,
     fit_router: options.FitRouter = True,
     distillation: options.Distillation = 0.0,
+    layer_distillation: options.LayerDistillation = 0.0,
     batch_size: options.BatchSize = None,
     accumulation: options.Accumulation = 1,
     max_length: options.MaxLength = 64,
@@ -89,8 +95,11 @@ def train(
     test_examples: options.TestExamples = None,
     expert_size: options.ExpertSize = 32,
     grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    router: options.RouterOption = RouterKind.LINEAR,
+    router_rank: options.RouterRank = None,
     seed: options.Seed = 0,
     autocast: options.Autocast = False,
+    compile: options.Compile = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     checkpoint_every: options.CheckpointEvery = 100,
     resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoints, if there are any.")] = True,
@@ -158,8 +167,10 @@ def compare(
     gates: options.GatesOption = Gates.STRAIGHT_THROUGH,
     separability: options.Separability = 0.0,
     eta: options.Eta = None,
+    hold_density: options.HoldDensity = False,
     fit_router: options.FitRouter = True,
     distillation: options.Distillation = 0.0,
+    layer_distillation: options.LayerDistillation = 0.0,
     batch_size: options.BatchSize = None,
     accumulation: options.Accumulation = 1,
     max_length: options.MaxLength = 64,
@@ -167,12 +178,27 @@ def compare(
     test_examples: options.TestExamples = None,
     expert_size: options.ExpertSize = 32,
     grouping: options.GroupingOption = Grouping.BALANCED_KMEANS,
+    router: options.RouterOption = RouterKind.LINEAR,
+    router_rank: options.RouterRank = None,
     autocast: options.Autocast = False,
+    compile: options.Compile = False,
+    measure_every: options.MeasureEvery = 10,
+    dense_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of the dense model, and of fine-tuning.", show_default="everybody's"),
+    ] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave LTE's models in OUT/models.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="End when all points are there, or when none is left to begin.")
+    ] = True,
     checkpoint_every: options.CheckpointEvery = 500,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Train and run LTE and its baselines at several densities, with equal steps for all; table and trade-off plot."""
+    """Train and run LTE and its baselines at several densities, with equal steps for all; table and trade-off plot.
+
+    The same command in several processes, on one GPU or more, shares the runs out among them.
+    """
 
     given = locals()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from lte_compile.baselines import METHODS, Workbench
+from lte_compile.baselines import METHODS, Needs, Workbench
+from lte_compile.claims import claim
 from lte_compile.cli.evaluating import CALIBRATION_BATCHES
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, finite
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
-from lte_compile.cli.training import HELD_OUT_BATCHES, finetune_steps_of
-from lte_compile.comparison import Point, PointResult, points_of, run_points
+from lte_compile.cli.training import finetune_steps_of, steering_batches
+from lte_compile.comparison import Point, PointResult, points_of, read_points, run_points
 from lte_compile.comparison_plot import density_plot, tradeoff_plot
 from lte_compile.comparison_table import comparison_rows, markdown, render_comparison
 from lte_compile.config import TransformConfig
+from lte_compile.data.batches import TextBatches
 from lte_compile.data.tasks import Task
 from lte_compile.environment import describe_environment
 from lte_compile.evaluation import Evaluation
 from lte_compile.loading import is_transformed, load_tokenizer
+from lte_compile.persistence import save_pretrained
 from lte_compile.progress import TrainingProgress
 from lte_compile.results import write_atomically
-from lte_compile.tasks_api import EncodedTask, OnDevice
+from lte_compile.tasks_api import EncodedTask
 from lte_compile.train_config import Phase, TrainConfig
 from lte_compile.training import train
 
-SETTINGS_FILE, POINTS, CHECKPOINTS = "settings.json", "points", "checkpoints"
+SETTINGS_FILE, POINTS, CHECKPOINTS, MODELS = "settings.json", "points", "checkpoints", "models"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """One comparison; `finetune_steps` None decides by whether the head is new."""
+    """One comparison.
+
+    Args:
+        finetune_steps: None decides by whether the head is new.
+        dense_learning_rate: None is everybody's.
+        keep_models: leave LTE's models in OUT/models.
+        wait: for points that other processes are running.
+    """
 
     model: str
     out: Path
@@ -48,19 +58,23 @@ class CompareSettings:
     transform: TransformConfig
     train: TrainConfig
     finetune_steps: int | None
+    dense_learning_rate: float | None
+    keep_models: bool
     device: str
+    wait: bool = True
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for points to stand in one table."""
         task = {name: str(value) for name, value in vars(self.task).items()}
-        varying = ("checkpoint_every", "target_density", "seed")
+        varying = ("checkpoint_every", "compile", "target_density", "seed")
         config = {name: value for name, value in self.train.to_dict().items() if name not in varying}
         transform = {name: value for name, value in self.transform.to_dict().items() if name != "seed"}
-        return {"model": self.model, **task, **transform, **config, "finetune_steps": self.finetune_steps}
+        dense = {"finetune_steps": self.finetune_steps, "dense_learning_rate": self.dense_learning_rate}
+        return {"model": self.model, **task, **transform, **config, **dense}
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """What all seeds share."""
 
     settings: CompareSettings
@@ -72,7 +86,9 @@ class _Opened:
 
 
 def compare_methods(settings: CompareSettings) -> Outcome:
-    """Run every point that has no result yet, then draw and write what all of them say.
+    """Run every point that has no result yet, then draw and write what all of OUT's say.
+
+    Processes started with the same OUT share the points; each ends when all are there.
 
     Raises:
         ValueError: bad input; an OUT that holds a comparison with other settings.
@@ -80,25 +96,29 @@ def compare_methods(settings: CompareSettings) -> Outcome:
     """
     points, device = _points(settings), pick_device(settings.device)
     with TrainingProgress() as progress:
-        opened = _prepare(settings, device, progress)
+        opened = prepare(settings, device, progress)
         data, test = opened.data, opened.data.test_examples()
 
         def judge(model: nn.Module) -> tuple[float, Evaluation]:
             measured = data.evaluate(model, test)
             return data.quality(measured), measured
 
-        results = run_points(points, settings.out / POINTS, lambda seed: _open(opened, seed), judge, progress.say)
-    return _report(settings, data, len(test), results)
+        directory = settings.out / POINTS
+        run_points(
+            points, directory, lambda seed: open_workbench(opened, seed), judge, progress.say, wait=settings.wait
+        )
+    return _report(settings, data, len(test), read_points(directory))
 
 
 def _points(settings: CompareSettings) -> tuple[Point, ...]:
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}")
-    names = ("lte", *METHODS) if tuple(settings.methods) == ("all",) else settings.methods
+    all_names = ("lte", *sorted(METHODS, key=lambda name: METHODS[name].needs is not Needs.TRAINING))
+    names = all_names if tuple(settings.methods) == ("all",) else settings.methods
     return points_of(names, settings.densities, range(settings.seeds))
 
 
-def _prepare(settings: CompareSettings, device: torch.device, progress: TrainingProgress) -> _Opened:
+def prepare(settings: CompareSettings, device: torch.device, progress: TrainingProgress) -> Opened:
     """Find model and task, and refuse what cannot work before any work."""
     path = find_model(settings.model, progress)
     if is_transformed(path):
@@ -106,13 +126,14 @@ def _prepare(settings: CompareSettings, device: torch.device, progress: Training
     check_output(settings.out, path, overwrite=True)
     _check_settings(settings)
     task = find_task(settings.task, progress)
-    return _Opened(settings, path, task, encode(task, load_tokenizer(path), settings.task), device, progress)
+    return Opened(settings, path, task, encode(task, load_tokenizer(path), settings.task), device, progress)
 
 
-def _open(opened: _Opened, seed: int) -> Workbench:
+def open_workbench(opened: Opened, seed: int) -> Workbench:
     """Load the model, fine-tune it if need be, and lay out the data, all by this seed."""
     settings, data, device, progress = opened.settings, opened.data, opened.device, opened.progress
     config = replace(settings.train, seed=seed)
+    rate = settings.dense_learning_rate or config.learning_rate
     directory = settings.out / CHECKPOINTS / f"seed{seed}"
     torch.manual_seed(seed)  # of a new head
     with progress.working("loading"):
@@ -120,22 +141,34 @@ def _open(opened: _Opened, seed: int) -> Workbench:
     model.to(device)
     encoded = data.training_batches(seed)  # tokenized once; copies of its beginning are handed out
 
-    def new_batches() -> OnDevice:
-        return OnDevice(copy.copy(encoded), device)
+    def new_batches() -> TextBatches:
+        return copy.copy(encoded)
 
     phase = Phase(name="fine-tune", steps=finetune_steps_of(settings.finetune_steps, opened.path, opened.task))
-    if phase.steps:
-        train(model, new_batches(), config, phases=[phase], directory=directory / "finetune", on_step=progress)
+    with claim(directory / "finetune.lock"):  # one process trains, others find its checkpoint
+        if phase.steps:
+            rated = replace(config, learning_rate=rate)
+            train(model, new_batches(), rated, phases=[phase], directory=directory / "finetune", on_step=progress)
     return Workbench(
         start=model.eval(),
         new_batches=new_batches,
-        steering=data.held_out(HELD_OUT_BATCHES, device),
+        steering=steering_batches(data, device),
         calibration=data.held_out(CALIBRATION_BATCHES, device),
         config=config,
         transform=replace(settings.transform, seed=seed),
         directory=directory,
         on_step=progress,
+        dense_learning_rate=settings.dense_learning_rate,
+        keep=_keeper(opened, seed),
     )
+
+
+def _keeper(opened: Opened, seed: int) -> Callable[[nn.Module, str], None]:
+    def keep(model: nn.Module, name: str) -> None:
+        if opened.settings.keep_models:
+            save_pretrained(model, opened.settings.out / MODELS / f"{name}-seed{seed}", opened.data.tokenizer)
+
+    return keep
 
 
 def _check_settings(settings: CompareSettings) -> None:

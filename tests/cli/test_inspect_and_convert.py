@@ -12,6 +12,7 @@ import transformers
 
 from lte_compile.loading import load_model
 from lte_compile.routing import routers
+from lte_compile.two_layer_router import TwoLayerRouter
 from tests.cli.conftest import Run
 from tests.zoo import build
 
@@ -60,6 +61,15 @@ def test_convert_keeps_the_function_and_the_class(run_json: RunJson, llama: Path
         torch.testing.assert_close(sparse(**inputs).logits, dense(**inputs).logits, atol=1e-5, rtol=0)
 
 
+def test_convert_with_two_layer_routers(run_json: RunJson, llama: Path, tmp_path: Path) -> None:
+    options = ("--expert-size", 16, "--router", "two-layer", "--router-rank", 10)
+    document = run_json("convert", llama, tmp_path / "out", *options)
+    assert document["max_abs_diff"] < 1e-5
+    assert document["config"]["router"] == "two-layer"
+    assert document["router_parameters"] == 2 * (8 * (64 + 10) + 8 + 10 * 64 + 10)
+    assert {type(router) for router in routers(load_model(tmp_path / "out"))} == {TwoLayerRouter}
+
+
 def test_convert_table_names_where_it_went(run: Run, bert: Path, tmp_path: Path) -> None:
     result = run("convert", bert, tmp_path / "out", "--grouping", "random", "--seed", 3)
     assert result.exit_code == 0, result.stderr
@@ -101,7 +111,9 @@ def test_convert_of_a_model_without_ffn_lists_every_candidate(run: Run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [("--expert-size", 4096), ("--expert-size", 0), ("--dtype", "int8")])
+@pytest.mark.parametrize(
+    "option", [("--expert-size", 4096), ("--expert-size", 0), ("--dtype", "int8"), ("--router-rank", 8)]
+)
 def test_convert_refuses_bad_options(run: Run, bert: Path, tmp_path: Path, option: tuple[object, ...]) -> None:
     result = run("convert", bert, tmp_path / "out", *option)
     assert result.exit_code == 2

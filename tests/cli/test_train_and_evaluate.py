@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from lte_compile import layer_compilation
 from lte_compile.config import Stage
 from lte_compile.loading import load_model
 from lte_compile.progress import TrainingProgress
@@ -47,6 +49,20 @@ def test_evaluate_prints_a_table(trained_bert: Path, run: Run, labelled: Path) -
     assert result.exit_code == 0
     assert "Test accuracy" in result.stdout
     assert "hard" in result.stdout
+
+
+def test_compiled_training_ends_where_eager_training_does(
+    run_json: RunJson, converted: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = CompileCounterWithBackend("eager")  # inductor would take a minute, and is not this project's
+    monkeypatch.setattr(layer_compilation, "BACKEND", traced)
+    steps = ("--finetune-steps", 0, "--stage1-steps", 4, "--stage2-steps", 2, "--window", 16, "--test-examples", 20)
+    losses = []
+    for number, flags in enumerate([(), ("--compile",)]):
+        out = tmp_path / str(number)
+        losses.append(run_json("train", converted, out, "--task", prose, *steps, *flags)["sparse"]["loss"])
+    assert traced.frame_count == 2  # a stage each
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_training_a_language_model_reports_before_and_after(

@@ -1,0 +1,158 @@
+"""A decoder of SmolLM2-135M's shape in ONNX Runtime on a GPU, dense and sparse; benchmarks/ort_cuda.py measures it.
+
+Random weights in float16, a KV cache and IO binding; the tokens are drawn, and the time is the wall clock's.
+Shape suffixes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+import lte_compile as lte
+from benchmarks.decode import EXPERT_SIZE
+from lte_compile.exporters.runtime import OrtGenerator
+from lte_compile.ort_library import ort_library_path
+from lte_compile.routing import Router, routers
+
+PROVIDER = "CUDAExecutionProvider"
+DTYPE = torch.float16
+DENSITIES = (1.0, 0.5, 0.3, 0.1)
+TEXTS = 4
+Biases = dict[str, ort.OrtValue]
+
+
+def open_session(model: Any, initializers: Biases | None = None, **provider: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    for name, value in (initializers or {}).items():
+        options.add_initializer(name, value)
+    options.register_custom_ops_library(str(ort_library_path()))
+    options.intra_op_num_threads = 1  # threads that wait for work on a CPU only take time from the one that launches
+    return ort.InferenceSession(model, options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
+
+
+def make_decoder(*, is_sparse: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    if not is_sparse:
+        return model
+    lte.transform(model, lte.TransformConfig(expert_size=EXPERT_SIZE, grouping=lte.Grouping.CONTIGUOUS))
+    return lte.set_stage(model, "hard")
+
+
+def set_decoder_density(model: Any, density: float) -> None:
+    """Router biases at which drawn tokens select this share of the experts; each layer's before it is computed."""
+
+    def balance(router: Router, inputs: tuple[Tensor, ...]) -> None:
+        assert router.bias is not None
+        logits = (inputs[0].float() @ router.weight.t()).flatten()
+        router.bias.data.fill_(50.0 if density >= 1 else -float(torch.quantile(logits, 1 - density)))
+
+    hooks = [router.register_forward_pre_hook(balance) for router in routers(model)]
+    ids_BT = torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model(input_ids=ids_BT)
+    for hook in hooks:
+        hook.remove()
+
+
+@dataclass
+class Decoding:
+    """A decoder and the seconds that its calls took."""
+
+    density: float | None  # None: the dense model
+    generator: OrtGenerator
+    biases: Biases  # read by the session as long as it lives
+    prefill: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+    def text(self, prompt: int = 128, tokens: int = 64) -> None:
+        """Times a prompt and the tokens after it."""
+        ids_BT = np.random.default_rng(0).integers(0, 49152, (1, prompt + tokens))
+        mask_BT = np.ones_like(ids_BT)
+        past = self.generator.empty_cache(1)
+        for start, end in ((0, prompt), *((at, at + 1) for at in range(prompt, prompt + tokens))):
+            began = perf_counter()
+            _, past = self.generator.step(ids_BT[:, start:end], mask_BT[:, :end], past)
+            (self.steps if start else self.prefill).append(perf_counter() - began)
+
+    def forget(self) -> None:
+        self.prefill.clear()
+        self.steps.clear()
+
+    def figures(self) -> dict[str, Any]:
+        kind = {"model": "dense" if self.density is None else "sparse", "density": self.density}
+        token_s = median(self.steps)
+        return {**kind, "prompt_ms": median(self.prefill) * 1e3, "token_ms": token_s * 1e3, "tokens_per_s": 1 / token_s}
+
+
+def export_decoder(folder: Path, is_sparse: bool) -> None:
+    model = make_decoder(is_sparse=is_sparse)
+    for number, router in enumerate(routers(model)):
+        assert router.bias is not None
+        router.bias.data.fill_(number)  # equal tensors are written once, under the first one's name
+    lte.export_onnx(model, decoder_path(folder, is_sparse), kv_cache=True, dtype=DTYPE, dense=not is_sparse)
+
+
+def export_decoders(folder: Path) -> None:
+    """Those that the folder lacks. It takes a minute each: in processes of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [is_sparse for is_sparse in (False, True) if not decoder_path(folder, is_sparse).is_file()]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(export_decoder, folder), missing))
+
+
+def decoder_path(folder: Path, is_sparse: bool) -> Path:
+    return folder / ("sparse.onnx" if is_sparse else "dense.onnx")
+
+
+def open_decoders(folder: Path) -> Iterator[Decoding]:
+    """One file of a sparse decoder serves all densities: biases of its routers are given with the session."""
+    yield Decoding(None, OrtGenerator(open_session(str(decoder_path(folder, False)))), {})
+    model = make_decoder(is_sparse=True)
+    for density in DENSITIES:
+        set_decoder_density(model, density)
+        biases = router_biases(model)
+        yield Decoding(density, OrtGenerator(open_session(str(decoder_path(folder, True)), biases)), biases)
+
+
+def router_biases(model: Any) -> Biases:
+    """By the names that they have in the file."""
+    named = ((name, bias) for name, bias in model.named_parameters() if name.endswith("router.bias"))
+    return {name: ort.OrtValue.ortvalue_from_numpy(bias.detach().to(DTYPE).numpy()) for name, bias in named}
+
+
+def measure_decoders(folder: Path) -> Iterator[dict[str, Any]]:
+    """In turns, so that all meet the same state of the machine."""
+    export_decoders(folder)
+    decoders = list(open_decoders(folder))
+    for decoder in decoders:
+        decoder.text()
+        decoder.forget()
+    for _ in range(TEXTS):
+        for decoder in decoders:
+            decoder.text()
+    yield from (decoder.figures() for decoder in decoders)

@@ -1,0 +1,117 @@
+"""Tokens per second of a trained decoder in ONNX Runtime on this CPU, dense and sparse.
+
+    python -m benchmarks.trained_speed_ort runs/compared/models/lte-0.3-seed0 --task prose
+
+Both are exported from the checkpoint with a KV cache: the sparse one at its own thresholds with lte::SparseFFN, the
+dense one without routers. They read the same text of the task's test split, a token a call, in turns, so that a
+disturbance of the machine meets both. Times are of one call; the density is measured on this very text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import lte_compile as lte
+from lte_compile.data.tasks import load_corpus
+from lte_compile.environment import describe_environment
+from lte_compile.evaluation import evaluate
+from lte_compile.exporters.runtime import OrtGenerator, open_session
+from lte_compile.onnx_api import export_onnx
+from lte_compile.ort_library import ort_library_path
+from lte_compile.results import write_atomically
+
+PROMPT = 64
+TURN = 8  # tokens that one model reads before the other's turn
+
+
+def without_routers(model: nn.Module) -> nn.Module:
+    """A dense model of the same weights."""
+    config: Any = copy.deepcopy(model.config)
+    del config.quantization_config
+    dense = type(model)(config).eval()
+    weights = model.state_dict()
+    dense.load_state_dict({name: weights[name] for name in dense.state_dict()})
+    return dense
+
+
+class Reader:
+    """One session that reads a text, the prompt in one call and then token by token."""
+
+    def __init__(self, file: Path, ids: Sequence[int]) -> None:
+        self.generator = OrtGenerator(open_session(file, custom_ops=ort_library_path()))
+        self.ids = ids
+        self.milliseconds: list[float] = []
+        self._read(0, PROMPT, self.generator.empty_cache(1))
+
+    def read(self, count: int) -> None:
+        """The next tokens, each call timed but the first, which finds the other model's weights in the caches."""
+        for number in range(count):
+            start = perf_counter()
+            self._read(self.position, self.position + 1, self.past)
+            if number:
+                self.milliseconds.append(1e3 * (perf_counter() - start))
+
+    def _read(self, first: int, last: int, past: Any) -> None:
+        mask = np.ones((1, last), np.int64)
+        _, self.past = self.generator.step(np.array([self.ids[first:last]], np.int64), mask, past)
+        self.position = last
+
+
+def measure(directory: Path, task: str, tokens: int) -> dict[str, Any]:
+    model = lte.load_pretrained(directory)
+    lte.set_stage(model, "hard")
+    text = max(load_corpus(task).test, key=len)
+    ids = AutoTokenizer.from_pretrained(directory)(text[:20_000])["input_ids"][: PROMPT + tokens]
+    batch = torch.tensor([ids])
+    density = evaluate(model, [{"input_ids": batch, "labels": batch}]).density
+    with tempfile.TemporaryDirectory(prefix="lte_compile-") as scratch:
+        files = {name: Path(scratch) / f"{name}.onnx" for name in ("dense", "sparse")}
+        export_onnx(without_routers(model), files["dense"], kv_cache=True, dense=True)
+        export_onnx(model, files["sparse"], kv_cache=True)
+        readers = {name: Reader(file, ids) for name, file in files.items()}
+        for _ in range(tokens // TURN):
+            for reader in readers.values():
+                reader.read(TURN)
+    times = {name: median(reader.milliseconds) for name, reader in readers.items()}
+    return {
+        "checkpoint": directory.name,
+        "density": density,
+        "tokens": tokens,
+        "milliseconds_a_token": times,
+        "tokens_per_second": {name: 1e3 / time for name, time in times.items()},
+        "environment": asdict(describe_environment()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--task", default="prose", help="the corpus whose test split is read")
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    options = parser.parse_args()
+    rows = [measure(directory, options.task, options.tokens) for directory in options.checkpoints]
+    text = json.dumps(rows, indent=1) + "\n"
+    sys.stdout.write(text)
+    if options.output:
+        write_atomically(options.output, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
