@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say: wheels carry liblte_ort.so, compiled by the machine that builds them.
 
-Its CUDA kernels are compiled by Triton, where the build has it: with `--no-build-isolation`, the environment's.
+Its CUDA kernels are compiled by Triton, which wheel_backend.py asks for; with `--no-build-isolation`, by the
+environment's, where there is one.
 """
 
 from __future__ import annotations
