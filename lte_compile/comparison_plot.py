@@ -44,12 +44,17 @@ def _plot(rows: Sequence[ComparisonRow], metric: Metric, cost: Callable[[Compari
             _curve(axes, of_method, metric, cost, colour, marker)
         axes.set_xlabel(label)
         axes.set_ylabel(f"Test {metric}" + ("" if metric is Metric.PERPLEXITY else " (%)"))
-        axes.set_xlim(0, 104)
+        axes.set_xlim(0, _right_end([100 * cost(row).mean for row in rows if row.method.only_density is None]))
         qualities = [row.quality.mean for row in rows]
         if metric is Metric.PERPLEXITY and max(qualities) > LOGARITHMIC_FROM * min(qualities):
             axes.set_yscale("log")
         figure.legend(loc="outside upper center", ncols=4, handlelength=2.4, columnspacing=1.4)
         return png_bytes(figure)
+
+
+def _right_end(costs: Sequence[float]) -> float:
+    """The whole range, unless every curve ends in its first third."""
+    return 104.0 if not costs or max(costs) > 35 else 1.25 * max(costs)
 
 
 def _level(axes: Axes, row: ComparisonRow, metric: Metric) -> None:
