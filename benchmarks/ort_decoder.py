@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -31,13 +32,10 @@ PROVIDER = "CUDAExecutionProvider"
 DTYPE = torch.float16
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
 TEXTS = 4
-Biases = dict[str, ort.OrtValue]
 
 
-def open_session(model: Any, initializers: Biases | None = None, **provider: str) -> ort.InferenceSession:
+def open_session(model: Any, **provider: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    for name, value in (initializers or {}).items():
-        options.add_initializer(name, value)
     options.register_custom_ops_library(str(ort_library_path()))
     options.intra_op_num_threads = 1  # threads that wait for work on a CPU only take time from the one that launches
     return ort.InferenceSession(model, options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
@@ -85,7 +83,6 @@ class Decoding:
 
     density: float | None  # None: the dense model
     generator: OrtGenerator
-    biases: Biases  # read by the session as long as it lives
     prefill: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
 
@@ -109,46 +106,47 @@ class Decoding:
         return {**kind, "prompt_ms": median(self.prefill) * 1e3, "token_ms": token_s * 1e3, "tokens_per_s": 1 / token_s}
 
 
-def export_decoder(folder: Path, is_sparse: bool) -> None:
-    model = make_decoder(is_sparse=is_sparse)
+def decoder_path(folder: Path, density: float | None) -> Path:
+    return folder / ("dense.onnx" if density is None else f"sparse_{density}.onnx")
+
+
+def export_decoder(folder: Path, density: float | None) -> None:
+    """The dense decoder, or the sparse one with biases that differ: equal tensors would be written as one."""
+    model = make_decoder(is_sparse=density is not None)
     for number, router in enumerate(routers(model)):
         assert router.bias is not None
-        router.bias.data.fill_(number)  # equal tensors are written once, under the first one's name
-    lte.export_onnx(model, decoder_path(folder, is_sparse), kv_cache=True, dtype=DTYPE, dense=not is_sparse)
+        router.bias.data.fill_(number)
+    lte.export_onnx(model, decoder_path(folder, density), kv_cache=True, dtype=DTYPE, dense=density is None)
 
 
 def export_decoders(folder: Path) -> None:
-    """Those that the folder lacks. It takes a minute each: in processes of their own."""
+    """Those that the folder lacks: two exports of a minute, in processes of their own; densities differ in biases."""
+    kinds = (None, *DENSITIES)
+    if all(decoder_path(folder, density).is_file() for density in kinds):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [is_sparse for is_sparse in (False, True) if not decoder_path(folder, is_sparse).is_file()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(partial(export_decoder, folder), missing))
-
-
-def decoder_path(folder: Path, is_sparse: bool) -> Path:
-    return folder / ("sparse.onnx" if is_sparse else "dense.onnx")
-
-
-def open_decoders(folder: Path) -> Iterator[Decoding]:
-    """One file of a sparse decoder serves all densities: biases of its routers are given with the session."""
-    yield Decoding(None, OrtGenerator(open_session(str(decoder_path(folder, False)))), {})
-    model = make_decoder(is_sparse=True)
+        list(pool.map(partial(export_decoder, folder), kinds[:2]))
+    model, file = make_decoder(is_sparse=True), onnx.load(decoder_path(folder, DENSITIES[0]))
     for density in DENSITIES:
         set_decoder_density(model, density)
-        biases = router_biases(model)
-        yield Decoding(density, OrtGenerator(open_session(str(decoder_path(folder, True)), biases)), biases)
+        replace_biases(file, model)
+        onnx.save(file, decoder_path(folder, density))
 
 
-def router_biases(model: Any) -> Biases:
-    """By the names that they have in the file."""
-    named = ((name, bias) for name, bias in model.named_parameters() if name.endswith("router.bias"))
-    return {name: ort.OrtValue.ortvalue_from_numpy(bias.detach().to(DTYPE).numpy()) for name, bias in named}
+def replace_biases(file: onnx.ModelProto, model: Any) -> None:
+    """The routers' biases in the file become the model's."""
+    written = {tensor.name: tensor for tensor in file.graph.initializer}
+    for name, bias in model.named_parameters():
+        if name.endswith("router.bias"):
+            written[name].CopyFrom(onnx.numpy_helper.from_array(bias.detach().to(DTYPE).numpy(), name))
 
 
 def measure_decoders(folder: Path) -> Iterator[dict[str, Any]]:
     """In turns, so that all meet the same state of the machine."""
     export_decoders(folder)
-    decoders = list(open_decoders(folder))
+    files = {density: decoder_path(folder, density) for density in (None, *DENSITIES)}
+    decoders = [Decoding(density, OrtGenerator(open_session(str(file)))) for density, file in files.items()]
     for decoder in decoders:
         decoder.text()
         decoder.forget()

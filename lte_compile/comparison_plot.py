@@ -8,6 +8,7 @@ from itertools import cycle
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from lte_compile.comparison_table import ComparisonRow, Spread
 from lte_compile.plots import BLUE, GREY, INK, ORANGE, STYLE, WIDTH_INCHES, png_bytes
@@ -18,6 +19,8 @@ COLOURS = (ORANGE, "#00785a", "#a8336f", "#8a6d00", "#3d8fc4", "#5b4b8a", "#7a3b
 MARKERS = "osD^vPX*"
 # A perplexity this many times the smallest would flatten all others: it is drawn on a logarithmic axis.
 LOGARITHMIC_FROM = 4.0
+# and from this many times on it leaves the plot, without which the ones worth comparing would lie on one line.
+SHOWN_UP_TO = 10.0
 
 
 def tradeoff_plot(rows: Sequence[ComparisonRow], metric: Metric) -> bytes:
@@ -48,6 +51,9 @@ def _plot(rows: Sequence[ComparisonRow], metric: Metric, cost: Callable[[Compari
         qualities = [row.quality.mean for row in rows]
         if metric is Metric.PERPLEXITY and max(qualities) > LOGARITHMIC_FROM * min(qualities):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # 30, not 3 x 10^1
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+            axes.set_ylim(0.9 * min(qualities), min(1.1 * max(qualities), SHOWN_UP_TO * min(qualities)))
         figure.legend(loc="outside upper center", ncols=4, handlelength=2.4, columnspacing=1.4)
         return png_bytes(figure)
 

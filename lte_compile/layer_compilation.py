@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lte_compile.routing import Router, routers
 
 Forward: TypeAlias = Callable[..., Any]
-# Steps that may compile. Batches of two lengths make Dynamo compile for any length; a length that first comes later,
-# such as that of an epoch's last batch, is not worth the wait and runs eagerly.
+# Steps that may compile. Batches of two shapes make Dynamo compile for any shape, which runs slower; a shape that comes
+# once, or first comes later, such as that of an epoch's last batch, is not worth the wait and runs eagerly.
 COMPILING_STEPS = 8
 BACKEND = "inductor"  # of layers with routers
 DENSE_BACKEND = "inductor"
@@ -43,11 +43,17 @@ class Accelerated:
             self.compiled.append(_Compiled(teacher, with_gradients=False))
         self.coarse = coarse
         self.steps = 0
+        self.seen: set[Hashable] = set()
 
     @contextmanager
-    def step(self, *, padded: bool = False) -> Iterator[None]:
-        """One step. Batches with padding come in too many lengths to be compiled for, and run eagerly."""
-        if padded or not self.compiled:
+    def step(self, shape: Hashable = None) -> Iterator[None]:
+        """One step on a batch of this shape, compiled from its second time on.
+
+        None is for batches with padding: they come in too many lengths, and run eagerly.
+        """
+        is_known = shape in self.seen
+        self.seen.add(shape)
+        if shape is None or not is_known or not self.compiled:
             yield
             return
         self.steps += 1

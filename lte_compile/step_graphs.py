@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lte_compile.losses import LossWeights, MicroBatch
 
 Objective: TypeAlias = Callable[[MicroBatch, LossWeights], Tensor]
-# Steps of one shape before recording: the first compiles, the second meets all that is set up on first use.
+# Steps of one shape before recording: one runs eagerly, one compiles, one meets all that is set up on first use.
 STEPS_BEFORE = 3
 
 

@@ -10,7 +10,7 @@ by torchrun or accelerate launch, all processes call it with the same arguments 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -305,7 +305,7 @@ def _step(
     # Cut where the batch is, usually the host: counting its tokens on a GPU would wait for all that runs there.
     batch = run.batches.next_batch()
     parts = list(micro_batches(batch, config.accumulation, rank=processes.rank, processes=processes.size))
-    with accelerated.step(padded=not all(part.is_unpadded for part in parts)):
+    with accelerated.step(_fixed_shape(parts)):
         for number, part in enumerate(parts, start=1):
             moved = replace(part, inputs=on_device(model, part.inputs))
             loss = None if graph is None else graph.backward(moved, weights)
@@ -318,6 +318,13 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _fixed_shape(parts: Sequence[MicroBatch]) -> Hashable:
+    """Of all inputs; None where what is computed depends on where padding is."""
+    if not all(part.is_unpadded for part in parts):
+        return None
+    return tuple((name, value.shape) for part in parts for name, value in part.inputs.items())
 
 
 def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:

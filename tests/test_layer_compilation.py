@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
 
 
+def second_step(accelerated: Accelerated) -> AbstractContextManager[None]:
+    """Of one shape: the first of a shape runs eagerly."""
+    with accelerated.step("shape"):
+        pass
+    return accelerated.step("shape")
+
+
 def _batch(model_inputs: dict[str, Any]) -> dict[str, Any]:
     """With labels of the kind that the family's head takes."""
     batch = dict(model_inputs)
@@ -51,7 +59,7 @@ def _gradients(
     model: nn.Module, teacher: nn.Module, part: MicroBatch, *, compiled: bool
 ) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    with Accelerated(model, teacher, enabled=compiled).step():
+    with second_step(Accelerated(model, teacher, enabled=compiled)):
         loss = weighted_loss(model, part, WEIGHTS, teacher)
         loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -83,7 +91,7 @@ def test_all_layers_share_what_the_first_one_compiled(stage: str, counter: Compi
     [part] = micro_batches(_batch(inputs), 1)
     accelerated = Accelerated(model, None, enabled=True)
     for _ in range(2):
-        with accelerated.step():
+        with second_step(accelerated):
             loss = weighted_loss(model, part, WEIGHTS, None)
         loss.backward()  # type: ignore[no-untyped-call]
     assert len(repeated_layers(model)) == 5
@@ -95,11 +103,11 @@ def test_the_next_training_of_such_a_model_compiles_nothing(counter: CompileCoun
     set_stage(first, "soft")
     second = copy.deepcopy(first)
     [part] = micro_batches(_batch(inputs), 1)
-    with Accelerated(first, None, enabled=True).step():
+    with second_step(Accelerated(first, None, enabled=True)):
         weighted_loss(first, part, WEIGHTS, None)
     del first
     gc.collect()
-    with Accelerated(second, None, enabled=True).step():
+    with second_step(Accelerated(second, None, enabled=True)):
         weighted_loss(second, part, WEIGHTS, None).backward()  # type: ignore[no-untyped-call]
     assert counter.frame_count == 1
     assert all(router.weight.grad is not None for router in routers(second))
@@ -120,7 +128,7 @@ def deep_llama() -> tuple[nn.Module, dict[str, Any]]:
 def test_the_model_is_left_as_it_was() -> None:
     model, inputs = deep_llama()
     names, hooks = list(model.state_dict()), _always_called(model)
-    with Accelerated(model, None, enabled=True).step():
+    with second_step(Accelerated(model, None, enabled=True)):
         assert list(model.state_dict()) == names
         model(**inputs)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -136,7 +144,7 @@ def _always_called(model: nn.Module) -> list[list[int]]:
 
 def test_measurements_during_training_run_eagerly(counter: CompileCounterWithBackend) -> None:
     model, inputs = deep_llama()
-    with Accelerated(model, None, enabled=True).step(), torch.no_grad(), trace_routers(model) as trace:
+    with second_step(Accelerated(model, None, enabled=True)), torch.no_grad(), trace_routers(model) as trace:
         model(**inputs)
     assert len(trace.sites) == 5
     assert counter.frame_count == 0
@@ -147,13 +155,26 @@ def test_late_shapes_are_not_compiled(counter: CompileCounterWithBackend, monkey
     monkeypatch.setattr(layer_compilation, "COMPILING_STEPS", 1)
     model, inputs = deep_llama()
     accelerated = Accelerated(model, None, enabled=True)
-    with accelerated.step():
+    with second_step(accelerated):
         model(**inputs)
     smaller = {name: value[:1] for name, value in inputs.items()}
-    with accelerated.step():
+    with second_step(accelerated):
         result = model(**smaller).logits
     assert counter.frame_count == 1
     torch.testing.assert_close(result, model(**smaller).logits)
+
+
+def test_a_shape_that_comes_once_is_not_compiled(counter: CompileCounterWithBackend) -> None:
+    """Two shapes would make Dynamo compile for any, and an epoch's last batch comes once among the first steps."""
+    model, inputs = deep_llama()
+    accelerated = Accelerated(model, None, enabled=True)
+    smaller = {name: value[:1] for name, value in inputs.items()}
+    counts = []
+    for shape, batch in (("usual", inputs), ("smaller", smaller), ("usual", inputs)):
+        with accelerated.step(shape):
+            model(**batch)
+        counts.append(counter.frame_count)
+    assert counts == [0, 0, 1]
 
 
 def test_batches_with_padding_run_eagerly(counter: CompileCounterWithBackend) -> None:
@@ -168,7 +189,7 @@ def test_batches_with_padding_run_eagerly(counter: CompileCounterWithBackend) ->
 def test_a_model_without_repeated_layers_is_compiled_as_a_whole(counter: CompileCounterWithBackend) -> None:
     model, inputs = zoo.build("albert")
     assert repeated_layers(model) == (model,)
-    with Accelerated(model, None, enabled=True).step():
+    with second_step(Accelerated(model, None, enabled=True)):
         compiled = model(**inputs).logits
     assert counter.frame_count >= 1
     torch.testing.assert_close(compiled, model(**inputs).logits)
