@@ -196,7 +196,7 @@ def _figure_sections(figures: Mapping[str, bytes]) -> list[str]:
 def _onnx_section(result: RunResult) -> str:
     if not result.onnx:
         return ""
-    rows = [(check.file, check.runtime, f"{check.max_abs_diff:.2e}") for check in result.onnx]
+    rows = [(check.file, check.runtime, str(check)) for check in result.onnx]
     titles = ("File", "Runtime", "Largest difference")
     table = _plain_table("onnx", titles, rows, "Largest absolute difference between torch's logits and the file's.")
     return f"<section><h2>ONNX Runtime</h2>{table}</section>"

@@ -82,12 +82,22 @@ class LatencyRow:
 class OnnxCheck:
     """Largest absolute difference between torch's logits and those of an exported file.
 
-    `runtime` names the runtime and its version, and whether our custom-op library was registered.
+    `runtime` names the runtime and its version, and whether our custom-op library was registered. Left out are examples
+    in which a score lies so near to its threshold that rounding decides whether the expert is selected: so many are
+    `undecided`, and they differ by up to `undecided_diff`.
     """
 
     file: str
     runtime: str
     max_abs_diff: float
+    undecided: int = 0
+    undecided_diff: float = 0.0
+
+    def __str__(self) -> str:
+        said = f"{self.max_abs_diff:.2e}"
+        if not self.undecided:
+            return said
+        return f"{said}; {self.undecided_diff:.2e} in {self.undecided} where rounding decides about an expert"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -286,3 +286,9 @@ def _dumped_attribute(page: Path) -> str:
     body = Body()
     body.feed(dom)
     return body.probe
+
+
+def test_examples_that_rounding_decides_are_told_apart() -> None:
+    check = OnnxCheck(file="a.onnx", runtime="ort", max_abs_diff=3e-6, undecided=2, undecided_diff=0.02)
+    assert str(check) == "3.00e-06; 2.00e-02 in 2 where rounding decides about an expert"
+    assert str(dataclasses.replace(check, undecided=0)) == "3.00e-06"

@@ -36,7 +36,7 @@ def _costs(result: RunResult) -> Table:
     table.add_row("parameters", f"{result.dense_parameters:,}")
     table.add_row("added by routers", f"{result.router_parameters:,} ({added:.2%})")
     for check in result.onnx:
-        table.add_row(f"{check.file} in {check.runtime}", f"largest difference to torch {check.max_abs_diff:.3g}")
+        table.add_row(f"{check.file} in {check.runtime}", f"largest difference to torch {check}")
     for row in result.latency:
         speed = f"{row.sparse_us:.0f} us, dense {row.dense_us:.0f} us ({row.dense_us / row.sparse_us:.2f}x)"
         table.add_row(f"one FFN, one token, density {percent(row.density)}", speed)

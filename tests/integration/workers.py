@@ -52,7 +52,9 @@ def _start(rank: int, port: int, folder: Path, model: nn.Module) -> None:
         (folder / name).mkdir(exist_ok=True)
         seen = worker(rank, folder / name, deepcopy(model))  # what is passed to a process lies in memory all share
         torch.save(seen, folder / name / f"{rank}.pt")
+    dist.barrier()  # no one leaves while another still talks to it
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads, if one is left, abort a process that ends in the usual way
 
 
 def batches(count: int) -> Iterator[dict[str, Tensor]]:
