@@ -39,6 +39,7 @@ from benchmarks.decode import (
 )
 from benchmarks.prefill_peers import grouped_mm, grouped_mm_dense_down, padded_grouped, rows_of
 from benchmarks.replays import Captured, Run, Timing, capture, race
+from lte_compile.kernels.fused_up import sparse_ffn_fused_up
 from lte_compile.kernels.lowering import choose, describe, lower_sparse_ffn
 from lte_compile.kernels.masked_dense import sparse_ffn_masked_dense
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
@@ -69,6 +70,7 @@ class Row:
 
 COMPILED = {"torch.compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 DENSE = ("F.linear", *COMPILED)
+FUSED_NEURONS = 4096  # no layer that the table gives to `triton-fused` has more
 
 
 def draw(layers: list[SparseFfnCall], correlated: bool) -> None:
@@ -101,6 +103,7 @@ def measure(
     layers = [layer._replace(density=met) for layer in layers]
     chosen = choose(describe(layers[0])).lowering
     ways = {"op": lower_sparse_ffn, "masked dense": sparse_ffn_masked_dense, "sorted": sparse_ffn_prefill}
+    ways |= {"fused": sparse_ffn_fused_up} if len(layers[0].weights.up_FD) <= FUSED_NEURONS else {}
     graphs = dense_graphs | {name: capture(run, layers) for name, run in ways.items()}
     times = race(graphs, len(layers), repeats, redraw)
     few = layers[0]._replace(x_D=layers[0].x_D[:ERROR_TOKENS])

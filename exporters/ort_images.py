@@ -212,15 +212,6 @@ def _activation(gated: bool) -> dict[str, Any]:
     return given if gated else given | {"gate_ptr": None, "gate_bias_ptr": None}
 
 
-def argument_type(name: str, dtype: str) -> str:
-    """Triton's type of an argument of these kernels, by its name."""
-    if not name.endswith("_ptr"):
-        return "fp32" if name == "tau" else "i32"
-    if name in ("active_ptr", "arrived_ptr"):
-        return "*i32"
-    return "*fp32" if name in ("partial_ptr", "parts_ptr", "scores_ptr") else f"*{dtype}"
-
-
 def compile_variant(variant: Variant, target: int) -> list[Image]:
     """The variant's images for one of TARGETS.
 
