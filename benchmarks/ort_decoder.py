@@ -6,7 +6,7 @@ Shape suffixes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import lte_compile as lte
@@ -31,14 +32,24 @@ from lte_compile.routing import Router, routers
 PROVIDER = "CUDAExecutionProvider"
 DTYPE = torch.float16
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
+VOCABULARY = 49152
+PROMPT, TOKENS = 128, 64
 TEXTS = 4
 
 
-def open_session(model: Any, **provider: str) -> ort.InferenceSession:
+def open_session(model: Any, sizes: Mapping[str, int] | None = None, **provider: str) -> ort.InferenceSession:
+    """`sizes` sets free axes of the model, for good."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(ort_library_path()))
+    options.log_severity_level = 3  # no warning for each of hundreds of nodes and weights
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     options.intra_op_num_threads = 1  # threads that wait for work on a CPU only take time from the one that launches
     return ort.InferenceSession(model, options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
+
+
+def drawn_tokens() -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, VOCABULARY, PROMPT + TOKENS)
 
 
 def make_decoder(*, is_sparse: bool) -> Any:
@@ -50,7 +61,7 @@ def make_decoder(*, is_sparse: bool) -> Any:
         num_hidden_layers=30,
         num_attention_heads=9,
         num_key_value_heads=3,
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -86,12 +97,12 @@ class Decoding:
     prefill: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
 
-    def text(self, prompt: int = 128, tokens: int = 64) -> None:
+    def text(self) -> None:
         """Times a prompt and the tokens after it."""
-        ids_BT = np.random.default_rng(0).integers(0, 49152, (1, prompt + tokens))
+        ids_BT = drawn_tokens()[None]
         mask_BT = np.ones_like(ids_BT)
         past = self.generator.empty_cache(1)
-        for start, end in ((0, prompt), *((at, at + 1) for at in range(prompt, prompt + tokens))):
+        for start, end in ((0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + TOKENS))):
             began = perf_counter()
             _, past = self.generator.step(ids_BT[:, start:end], mask_BT[:, :end], past)
             (self.steps if start else self.prefill).append(perf_counter() - began)

@@ -54,6 +54,23 @@ def test_many_parts_and_blocks_of_columns(tokens: tuple[int, ...], ort_library: 
     assert error(case, case.arrays(*tokens), ort_library, threads=2) <= TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("tokens", [(24,), (5, 14), (261,)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 13, 5), (33, 100, 7), (1024, 300, 20), (260, 97, 1000)], ids=str)
+def test_prompts_that_select_most_experts(
+    sizes: tuple[int, int, int], tokens: tuple[int, ...], gated: bool, dtype: str, ort_library: str
+) -> None:
+    """Dense products with a mask: all selected, most of them, and all but an expert that no token selects."""
+    width, neurons, expert_size = sizes
+    case = Case(dtype=dtype, width=width, neurons=neurons, expert_size=expert_size, gated=gated)
+    arrays = case.arrays(*tokens)
+    for bias in (100.0, 2.0):
+        arrays["b_router"] = np.full(case.experts, bias, np.float32)
+        arrays["b_router"][case.experts // 2 + 1 : case.experts // 2 + 2] = -100
+        assert error(case, arrays, ort_library, threads=2) <= TOLERANCE[dtype], bias
+
+
 @pytest.mark.parametrize("tokens", [(1,), (9,)])
 @pytest.mark.parametrize("biases", [(), ("b_router",), ("b_up",), ("b_gate", "b_down"), ALL_BIASES], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -148,7 +165,7 @@ def test_no_experts_and_no_width(tokens: tuple[int, ...], ort_library: str) -> N
     assert run(session, Case(width=0).arrays(*tokens)).shape == (*tokens, 0)
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 4, 40])
 def test_what_is_not_selected_counts_nothing(tokens: int, ort_library: str) -> None:
     """NaN and infinities in weights of idle experts, and a token whose scores are NaN."""
     case = Case()
@@ -200,10 +217,11 @@ def test_every_instruction_set_computes_the_same(ort_library: str, monkeypatch: 
                 assert error(case, case.arrays(19), ort_library) <= TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("bias", [0.0, 100.0], ids=["some", "all"])
 @pytest.mark.parametrize("tokens", [1, 50, 300])
-def test_threads_do_not_change_a_bit(tokens: int, ort_library: str) -> None:
+def test_threads_do_not_change_a_bit(tokens: int, bias: float, ort_library: str) -> None:
     case = Case(width=320, neurons=700, expert_size=16)
-    arrays = case.arrays(tokens)
+    arrays = case.arrays(tokens) | {"b_router": np.full(case.experts, bias, np.float32)}
     one, *more = (run(open_model(make_model(case), ort_library, threads), arrays) for threads in (1, 2, 5))
     for other in more:
         np.testing.assert_array_equal(one, other)

@@ -32,7 +32,7 @@ Groups group_by_expert(const Selected& selected, int64_t tokens, int64_t experts
   groups.starts.push_back(0);
   for (int64_t expert = 0; expert < experts; ++expert) {
     for (int64_t t = 0; t < tokens; ++t)
-      if (selected[static_cast<size_t>(t * experts + expert)]) groups.members.push_back(t);
+      if (selected[static_cast<size_t>(expert * tokens + t)]) groups.members.push_back(t);
     groups.starts.push_back(static_cast<int64_t>(groups.members.size()));
   }
   return groups;
@@ -53,21 +53,6 @@ std::vector<Tile> make_tiles(const Groups& groups, int64_t expert_size, int64_t 
   return tiles;
 }
 
-// The columns [begin, end) of some rows as panels of float32 one after the other, with zeros beyond the matrix. Rows
-// are read as they lie: memory is slow at anything else.
-template <typename Element>
-void fill_panels(const ElementLoops<Element>& loops, const Element* rows, int64_t row_count, int64_t width,
-                 int64_t begin, int64_t end, float* panels) {
-  for (int64_t r = 0; r < row_count; ++r) {
-    for (int64_t column = begin; column < end; column += kPanel) {
-      float* to = panels + (column - begin) * row_count + r * kPanel;
-      const int64_t count = std::min(kPanel, width - column);
-      loops.widen(rows + r * width + column, count, to);
-      std::fill(to + count, to + kPanel, 0.0f);
-    }
-  }
-}
-
 // The columns [begin, end) of every token's y.
 template <typename Element>
 void add_strip(const Ffn<Element>& ffn, const Simd& simd, const std::vector<Tile>& tiles, const float* hidden,
@@ -76,11 +61,12 @@ void add_strip(const Ffn<Element>& ffn, const Simd& simd, const std::vector<Tile
   for (const Tile& tile : tiles) {
     const int64_t count = tile.rows.count();
     const Element* rows = ffn.w_down + tile.rows.begin * ffn.width;
-    fill_panels(simd.loops<Element>(), rows, count, ffn.width, begin, end, panels);
+    simd.loops<Element>().copy_panels(rows, count, ffn.width, begin, end, panels);
     for (int64_t column = begin; column < end; column += kPanel) {
       const Tokens<float> targets{y + column, stride, tile.members, tile.member_count};
       const Tokens<const float> scales{hidden + tile.start, count, nullptr, tile.member_count};
-      simd.add_panel(scales, panels + (column - begin) * count, count, targets);
+      Ahead nothing{};
+      simd.add_panel(scales, panels + (column - begin) * count, count, targets, nothing);
     }
   }
 }
@@ -94,12 +80,12 @@ void add_block(const Ffn<Element>& ffn, const Machine& machine, const Selected& 
   const std::vector<Tile> tiles = make_tiles(groups, ffn.expert_size, ffn.neurons);
   if (tiles.empty()) return;
 
-  const auto hidden = scratch(tiles.back().start + tiles.back().size());
+  const Scratch hidden = machine.scratch(tiles.back().start + tiles.back().size());
   machine.parallel.for_each(tiles.size(), [&](size_t task) {
     const Tile& tile = tiles[task];
-    const auto gate = scratch(ffn.w_gate == nullptr ? 0 : tile.size());
+    const Scratch gate = machine.scratch(ffn.w_gate == nullptr ? 0 : tile.size());
     const Tokens<const float> members{x.values, x.stride, tile.members, tile.member_count};
-    compute_hidden(ffn, machine.simd, tile.rows, members, hidden.get() + tile.start, gate.get());
+    compute_hidden(ffn, machine, tile.rows, members, hidden.get() + tile.start, gate.get());
   });
 
   const int64_t share = (stride / kMinStrips + kPanel - 1) / kPanel * kPanel;
@@ -110,8 +96,12 @@ void add_block(const Ffn<Element>& ffn, const Machine& machine, const Selected& 
   });
 }
 
-template void add_block(const Ffn<float>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
-template void add_block(const Ffn<Half>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
-template void add_block(const Ffn<BFloat16>&, const Machine&, const Selected&, const Tokens<const float>&, float*, int64_t);
+#define LTE_INSTANTIATE(Element)                                                                                   \
+  template void add_block(const Ffn<Element>&, const Machine&, const Selected&, const Tokens<const float>&, float*, \
+                          int64_t);
+LTE_INSTANTIATE(float)
+LTE_INSTANTIATE(Half)
+LTE_INSTANTIATE(BFloat16)
+#undef LTE_INSTANTIATE
 
 }  // namespace lte::cpu

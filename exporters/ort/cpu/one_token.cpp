@@ -6,18 +6,27 @@ namespace lte::cpu {
 
 namespace {
 
-// Sums of separate parts of the tiles, added up at the end in the order of the tiles. Their number must not depend on
-// the threads, or the result would; 16 keep a large machine busy.
+// Sums of separate parts of the selected rows, added up at the end in their order. Their number must not depend on the
+// threads, or the result would; 16 keep a large machine busy.
 constexpr int64_t kMaxParts = 16;
 
 // Weights that are worth handing to another thread: some ten microseconds of one core.
 constexpr int64_t kPartWeights = 1 << 16;
 
-int64_t count_parts(const std::vector<Rows>& tiles, int64_t weights_per_row) {
-  int64_t rows = 0;
-  for (const Rows& tile : tiles) rows += tile.count();
-  const int64_t worthwhile = std::clamp<int64_t>(rows * weights_per_row / kPartWeights, 1, kMaxParts);
-  return std::min(worthwhile, static_cast<int64_t>(tiles.size()));
+int64_t count_parts(int64_t rows, int64_t weights_per_row) {
+  return std::clamp<int64_t>(rows * weights_per_row / kPartWeights, 1, std::min(kMaxParts, rows));
+}
+
+// Of all rows of the runs, those from the first-th to the last-th.
+std::vector<Rows> cut(const std::vector<Rows>& runs, int64_t first, int64_t last) {
+  std::vector<Rows> found;
+  int64_t before = 0;
+  for (const Rows& run : runs) {
+    const int64_t begin = std::max(first - before, int64_t{0}), end = std::min(last - before, run.count());
+    if (begin < end) found.push_back({run.begin + begin, run.begin + end});
+    before += run.count();
+  }
+  return found;
 }
 
 }  // namespace
@@ -26,25 +35,24 @@ template <typename Element>
 void add_one_token(const Ffn<Element>& ffn, const Machine& machine, const Selected& selected, const float* x,
                    float* y) {
   const Tokens<const float> token{x, ffn.width, nullptr, 1};
-  std::vector<Rows> tiles;
-  for (int64_t expert = 0; expert < ffn.experts; ++expert)
-    if (selected[static_cast<size_t>(expert)]) append_tiles(expert, ffn.expert_size, ffn.neurons, tiles);
-  if (tiles.empty()) return;
+  const std::vector<Rows> runs = find_runs(selected, ffn.expert_size, ffn.neurons);
+  int64_t rows = 0;
+  for (const Rows& run : runs) rows += run.count();
+  if (rows == 0) return;
 
   const auto& loops = machine.simd.loops<Element>();
-  const int64_t parts = count_parts(tiles, ffn.width * (ffn.w_gate == nullptr ? 2 : 3));
-  const auto sums = scratch(parts * ffn.width);
-  machine.parallel.for_each(static_cast<size_t>(parts), [&](size_t part) {
-    const size_t first = tiles.size() * part / static_cast<size_t>(parts);
-    const size_t last = tiles.size() * (part + 1) / static_cast<size_t>(parts);
-    float* sum = sums.get() + static_cast<int64_t>(part) * ffn.width;
+  const int64_t parts = count_parts(rows, ffn.width * (ffn.w_gate == nullptr ? 2 : 3));
+  const Scratch sums = machine.scratch(parts * ffn.width), values = machine.scratch(2 * rows);
+  machine.parallel.for_each(static_cast<size_t>(parts), [&](size_t task) {
+    const auto part = static_cast<int64_t>(task);
+    const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+    float *hidden = values.get() + 2 * first, *gate = hidden + (last - first), *sum = sums.get() + part * ffn.width;
     std::fill_n(sum, ffn.width, 0.0f);
-    for (size_t tile = first; tile < last; ++tile) {
-      float hidden[kTileRows], gate[kTileRows];
-      compute_hidden(ffn, machine.simd, tiles[tile], token, hidden, gate);
-      const Rows rows = tiles[tile];
-      const Element* next = ffn.w_up + tiles[std::min(tile + 1, last - 1)].begin * ffn.width;
-      loops.add_rows(hidden, ffn.w_down + rows.begin * ffn.width, rows.count(), ffn.width, next, sum);
+    const std::vector<Rows> some = cut(runs, first, last);
+    for (size_t i = 0; i < some.size(); ++i) {
+      compute_hidden(ffn, machine, some[i], token, hidden, gate);
+      const Element* next = ffn.w_up + some[std::min(i + 1, some.size() - 1)].begin * ffn.width;
+      loops.add_rows(hidden, ffn.w_down + some[i].begin * ffn.width, some[i].count(), ffn.width, next, sum);
     }
   });
   for (int64_t part = 0; part < parts; ++part)

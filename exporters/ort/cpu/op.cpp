@@ -1,6 +1,7 @@
 #include "op.h"
 
 #include <string>
+#include <utility>
 
 #include "../node.h"
 #include "../operator.h"
@@ -28,11 +29,32 @@ struct Type<BFloat16> {
 };
 
 // What a session keeps of one node. Calls may overlap, so they change nothing in it.
-struct Kernel {
-  Api api;
-  std::string where;  // how messages about the node begin
-  Settings settings;
+class Kernel {
+ public:
+  Kernel(const Api& given, std::string begin, const abi::OrtKernelInfo* info)
+      : api(given), where(std::move(begin)), settings(read_settings(api, info)), simd(select_simd()),
+        allocator(api.allocator(info)) {}
+  ~Kernel() { api.release_allocator(allocator); }
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+
+  const Api api;
+  const std::string where;  // how messages about the node begin
+  const Settings settings;
   const Simd& simd;
+  abi::OrtAllocator* const allocator;
+};
+
+// Of the session's arena, which keeps what a call gives back for the next one.
+class OrtMemory : public Memory {
+ public:
+  OrtMemory(const Kernel& kernel, const abi::OrtKernelContext* context) : kernel_(kernel), context_(context) {}
+  void* take(size_t bytes) const override { return kernel_.api.allocate(context_, kernel_.allocator, bytes); }
+  void give_back(void* memory) const override { kernel_.api.free(kernel_.allocator, memory); }
+
+ private:
+  const Kernel& kernel_;
+  const abi::OrtKernelContext* context_;
 };
 
 template <typename Element>
@@ -65,7 +87,9 @@ void compute(const Kernel& kernel, abi::OrtKernelContext* context) {
   const Parallel parallel(kernel.api, context);
   const auto* x = static_cast<const Element*>(tensors.data[kX]);
   const auto* router_x = static_cast<const Element*>(tensors.router_x());
-  run(make_ffn<Element>(kernel.settings, tensors), Machine{kernel.simd, parallel}, tensors.tokens, x, router_x, y);
+  const OrtMemory memory(kernel, context);
+  const Machine machine{kernel.simd, parallel, memory};
+  run(make_ffn<Element>(kernel.settings, tensors), machine, tensors.tokens, x, router_x, y);
 }
 
 abi::OrtStatus* create_kernel(const OrtCustomOp*, const abi::OrtApi* table, const abi::OrtKernelInfo* info,
@@ -74,7 +98,7 @@ abi::OrtStatus* create_kernel(const OrtCustomOp*, const abi::OrtApi* table, cons
   std::string where = "SparseFFN: ";
   return guarded(api, where, [&] {
     where = "SparseFFN node '" + api.node_name(info) + "': ";
-    *kernel = new Kernel{api, where, read_settings(api, info), select_simd()};
+    *kernel = new Kernel(api, where, info);
   });
 }
 

@@ -17,6 +17,9 @@ inline constexpr int64_t kRows = 4;
 // Columns of a panel: two vectors of the widest instruction set.
 inline constexpr int64_t kPanel = 32;
 
+// Tokens multiplied at once, where the processor has registers for their sums.
+inline constexpr int64_t kGroup = 12;
+
 // Some rows of a matrix of activations: row i is values[members[i] * stride] for i below count; all of its first rows
 // when there are no members.
 template <typename Value>
@@ -28,6 +31,15 @@ struct Tokens {
   Value* operator[](int64_t i) const { return values + (members == nullptr ? i : members[i]) * stride; }
 };
 
+// Memory that will be read: asked for bit by bit while other things are multiplied. Never used, and may be anything.
+// Each product of a few tokens with a panel asks for one address with each row of the panel.
+struct Ahead {
+  const char* first;
+  int64_t step;      // from row to row of a panel, in bytes
+  int64_t stride;    // from product to product
+  int64_t products;  // that ask, of those to come
+};
+
 // `next` is an address that will be read after the rows; it is fetched, never used, and may be anything.
 template <typename Element>
 struct ElementLoops {
@@ -37,8 +49,11 @@ struct ElementLoops {
   // y[0:width] += sum over r of scales[r] * rows[r * width][0:width]
   void (*add_rows)(const float* scales, const Element* rows, int64_t row_count, int64_t width, const Element* next,
                    float* y);
-  // panel[c][r] = rows[r * row_stride + c], for kPanel rows and `width` columns
-  void (*transpose)(const Element* rows, int64_t row_stride, int64_t width, float* panel);
+  // to[c * stride + r] = rows[r * row_stride + c], for kPanel rows, zeros from `row_count` on, and `width` columns
+  void (*transpose)(const Element* rows, int64_t row_stride, int64_t row_count, int64_t width, float* to,
+                    int64_t stride);
+  // The columns [begin, end) of some rows as panels one after the other, with zeros from `width` on.
+  void (*copy_panels)(const Element* rows, int64_t row_count, int64_t width, int64_t begin, int64_t end, float* panels);
   // to[i] = from[i]
   void (*widen)(const Element* from, int64_t count, float* to);
   // to[i] = from[i], rounded to nearest even
@@ -51,7 +66,14 @@ struct Simd {
   ElementLoops<Half> of_half;
   ElementLoops<BFloat16> of_bfloat16;
   // y[t][0:kPanel] += sum over r of scales[t][r] * panel[r][0:kPanel]
-  void (*add_panel)(const Tokens<const float>& scales, const float* panel, int64_t rows, const Tokens<float>& y);
+  void (*add_panel)(const Tokens<const float>& scales, const float* panel, int64_t rows, const Tokens<float>& y,
+                    Ahead& ahead);
+  // The same for up to kGroup tokens, where scales[t][r] is scales[r * kGroup + t].
+  void (*add_group)(const float* scales, const float* panel, int64_t rows, const Tokens<float>& y, Ahead& ahead);
+  // values[i] *= by[i]
+  void (*multiply)(const float* by, float* values, int64_t count);
+  // to[i / kGroup * stride + i % kGroup] = kept[i] != 0 ? values[i] : 0
+  void (*keep)(const float* kept, const float* values, int64_t count, float* to, int64_t stride);
   // values[i] = activation(values[i])
   void (*activate)(Activation activation, float* values, int64_t count);
 

@@ -1,5 +1,6 @@
 // The loops of simd.h for any processor.
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
