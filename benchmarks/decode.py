@@ -3,9 +3,10 @@
     python -m benchmarks.decode [--output benchmarks/results/decode.json] [--workloads LLaMA-2-7B]
 
 CUDA graphs over distinct layers in rotation, so that weights come from memory and not from L2; new inputs before every
-replay; all ways of one row take turns (benchmarks.replays). Each layer's router bias is set for the density, and the
-table says the one really met. The floor is the bytes that must be read (active experts and router) over the copy
-bandwidth measured in the same run. A plot is drawn beside the output.
+replay; all ways of one row take turns (benchmarks.replays). `sparse` is what the lowering table chooses. Each layer's
+router bias is set for the density, and the table says the one really met. The floor is the bytes that must be read
+(active experts and router) over the copy bandwidth measured in the same run. A plot is drawn beside the output. What
+the output holds of other workloads is kept.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks import decode_peers
 from benchmarks.replays import Captured, Run, Timing, capture, race
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.layout import neuron_major
+from lte_compile.kernels.lowering import choose, describe, lower_sparse_ffn
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
 from lte_compile.kernels.triton_decode import is_large, sparse_ffn_decode, sparse_ffn_two_launches
 
@@ -79,6 +81,7 @@ class Row:
     workload: str
     target: float  # density aimed at
     density: float  # measured
+    chosen: str  # kernel
     floor_us: float
     times: dict[str, Timing]
     errors: dict[str, float] = field(default_factory=dict)  # relative to float64
@@ -213,8 +216,9 @@ class Contest:
 def prepare(work: Workload) -> Contest:
     layers = [make_layer(work) for _ in range(work.layers)]
     peers = peers_of(layers) if work.gated else {}
-    graphs = {SPARSE: capture(sparse_ffn_decode, layers), **dense_baselines(layers)}
+    graphs = dense_baselines(layers)
     if is_large(layers[0]):
+        graphs["three launches"] = capture(sparse_ffn_decode, layers)
         graphs["two launches"] = capture(sparse_ffn_two_launches, layers)
     graphs |= {name: capture(run, own) for name, (run, own, _) in peers.items()}
     return Contest(work, layers, peers, graphs)
@@ -242,13 +246,16 @@ def measure(contest: Contest, density: float, bandwidth: float, repeats: int) ->
         redraw(layers)
         met.append(measured_density(layers))
 
-    times = race(contest.graphs, len(layers), repeats, draw)
+    told = [layer._replace(density=density) for layer in layers]
+    graphs = {SPARSE: capture(lower_sparse_ffn, told), **contest.graphs}
+    times = race(graphs, len(layers), repeats, draw)
     share = fmean(met)
-    runs = {SPARSE: (sparse_ffn_decode, layers, None), **contest.peers}
+    runs = {SPARSE: (lower_sparse_ffn, told, None), **contest.peers}
     return Row(
         workload=work.name,
         target=density,
         density=share,
+        chosen=choose(describe(told[0])).lowering.name,
         floor_us=(share * work.ffn_bytes + work.router_bytes) / bandwidth * 1e6,
         times=times,
         errors={name: error_against_float64(run, own[0], exact) for name, (run, own, exact) in runs.items()},
@@ -258,36 +265,47 @@ def measure(contest: Contest, density: float, bandwidth: float, repeats: int) ->
 def table(work: Workload, rows: list[Row]) -> Table:
     result = Table(title=f"{work.name} {work.width}x{work.neurons}, {work.layers} layers, microseconds a layer")
     names = list(rows[0].times)
-    for heading in ("density", "floor", *names, "p20-p80", "over floor", "goal", "speed-up", "error"):
+    for heading in ("density", "kernel", "floor", *names, "p20-p80", "over floor", "goal", "speed-up", "error"):
         result.add_column(heading, justify="right")
     for row in rows:
         sparse = row.times[SPARSE]
         goal = GOALS.get(row.target) if work.width >= 4096 else None
-        cells = [f"{row.density:.3f}", f"{row.floor_us:.1f}", *(f"{row.times[name].us:.1f}" for name in names)]
+        cells = [
+            f"{row.density:.3f}",
+            row.chosen.removeprefix("triton-"),
+            f"{row.floor_us:.1f}",
+            *(f"{row.times[name].us:.1f}" for name in names),
+        ]
         cells += [f"{sparse.p20:.1f}-{sparse.p80:.1f}", f"{row.over_floor:.2f}", "" if goal is None else f"{goal:.2f}"]
         result.add_row(*cells, f"{row.speedup:.2f}x", f"{row.errors[SPARSE]:.1e}")
     return result
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
     """Microseconds a layer over density: one panel a workload."""
     from matplotlib.figure import Figure
 
-    works = list(dict.fromkeys(row.workload for row in rows))
-    figure = Figure(figsize=(4.2 * len(works), 3.6), layout="constrained")
-    for axes, work in zip(figure.subplots(1, len(works), squeeze=False)[0], works, strict=True):
-        own = [row for row in rows if row.workload == work]
-        density = [row.density for row in own]
-        for name in own[0].times:
-            axes.plot(
-                density, [row.times[name].us for row in own], marker=".", lw=2 if name == SPARSE else 1, label=name
-            )
-        axes.plot(density, [row.floor_us for row in own], "k:", label="bytes at copy bandwidth")
-        axes.set(title=work, xlabel="share of active experts", ylim=(0, None))
+    figure = Figure(figsize=(4.2 * len(entries), 3.6), layout="constrained")
+    for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
+        rows = entry["rows"]
+        density = [row["density"] for row in rows]
+        for name in rows[0]["times"]:
+            times = [row["times"][name]["us"] for row in rows]
+            axes.plot(density, times, marker=".", lw=2 if name == SPARSE else 1, label=name)
+        axes.plot(density, [row["floor_us"] for row in rows], "k:", label="bytes at copy bandwidth")
+        axes.set(title=entry["name"], xlabel="share of active experts", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("microseconds a layer")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def earlier_entries(path: Path | None, names: list[str]) -> list[dict[str, Any]]:
+    """What a report holds of other workloads than `names`, each with the device that it was measured on."""
+    if path is None or not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    return [{"device": report["device"], **entry} for entry in report["workloads"] if entry["name"] not in names]
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -311,20 +329,19 @@ def main() -> int:
     torch.manual_seed(0)
     device = device_facts()
     console.print(device)
-    report: dict[str, Any] = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "workloads": []}
-    every_row: list[Row] = []
+    entries = earlier_entries(options.output, options.workloads)
+    report = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "workloads": entries}
     for work in (work for work in WORKLOADS if work.name in options.workloads):
         contest = prepare(work)
         rows = [measure(contest, density, device["copy_GB_per_s"] * 1e9, options.repeats) for density in DENSITIES]
         del contest
         torch.cuda.empty_cache()
         console.print(table(work, rows))
-        every_row += rows
         figures = [{**asdict(row), "over_floor": row.over_floor, "speedup": row.speedup} for row in rows]
-        report["workloads"].append({**asdict(work), "rows": figures})
+        entries.append({"device": device, **asdict(work), "rows": figures})
         if options.output is not None:  # after each workload: a run that is cut off keeps what it measured
             write(options.output, report)
-            plot(every_row, options.output.with_suffix(".png"))
+            plot(entries, options.output.with_suffix(".png"))
     return 0
 
 

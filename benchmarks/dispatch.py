@@ -43,10 +43,14 @@ class Grid(NamedTuple):
     densities: tuple[float, ...]
 
 
+SMALL_GRID = Grid((1, 8, 32, 128, 512, 2048, 8192), (0.1, 0.3, 1.0))
 GRIDS = {
     "LLaMA-2-7B": Grid(tuple(2**power for power in range(14)), (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)),
-    "SmolLM2-135M": Grid((1, 8, 32, 128, 512, 2048, 8192), (0.1, 0.3, 1.0)),
+    "SmolLM2-135M": SMALL_GRID,
+    "GPT-2": SMALL_GRID,
+    "1024x2816": SMALL_GRID,
 }
+BETWEEN = Workload("1024x2816", 1024, 2816, "silu", True, False)  # between SmolLM2-135M and a large layer
 # Layers in rotation: while reading weights counts they must exceed L2 several times over; later, a layer's hidden
 # values do that alone.
 FEW_LAYERS, FEW_LAYERS_FROM = 2, 1024
@@ -146,12 +150,14 @@ def main() -> int:
     console.print(device)
     report: dict[str, Any] = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "points": []}
     points: list[Point] = []
-    for work in (work for work in WORKLOADS if work.name in options.workloads):
+    for work in (work for work in (*WORKLOADS, BETWEEN) if work.name in options.workloads):
         base, grid = [make_layer(work) for _ in range(work.layers)], GRIDS[work.name]
         for tokens in grid.tokens:
             started = time.perf_counter()
             layers = with_tokens(base[: FEW_LAYERS if tokens >= FEW_LAYERS_FROM else None], tokens)
-            row = row_of(work, layers, grid.densities, options.repeats, autotune=started < autotune_until)
+            row = row_of(
+                work, layers, grid.densities, options.repeats, autotune=tokens == 1 or started < autotune_until
+            )
             points += row
             console.print(line(row, time.perf_counter() - started))
             report["points"] = [{**asdict(point), "ratio": point.ratio} for point in points]

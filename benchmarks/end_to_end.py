@@ -187,19 +187,19 @@ def measured_density(decoder: Decoder) -> float:
     return float(torch.stack(shares).mean())
 
 
-def compiled(decoder: Decoder, backend: str) -> Step:
+def compiled(decoder: Decoder, backend: str, mode: str = "reduce-overhead") -> Step:
     torch.compiler.reset()
-    step: Step = torch.compile(decoder.step, backend=backend, mode="reduce-overhead", fullgraph=True)
+    step: Step = torch.compile(decoder.step, backend=backend, mode=mode, fullgraph=True)
     return step
 
 
-def run(name: str, tokens: int, profiled: bool, console: Console) -> dict[str, Any]:
+def run(name: str, tokens: int, densities: list[float], profiled: bool, console: Console) -> dict[str, Any]:
     model = build(name, "cuda")
     decoder = Decoder(model, tokens, "cuda")
     rows = [dense_row(decoder, profiled, console)]
     make_sparse(model)
     step = compiled(decoder, "lte")
-    for density in DENSITIES:
+    for density in densities:
         set_biases(model, decoder.tokens_1T, density)
         started = perf_counter()
         decoder.latency(step)  # the first call compiles
@@ -247,6 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["LLaMA-2-7B", "SmolLM2-135M"], choices=sorted(SHAPES))
     parser.add_argument("--tokens", type=int, default=100, help="timed tokens")
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     parser.add_argument("--profile", action="store_true", help="also say which kernels a token's time goes to")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
@@ -259,7 +260,7 @@ def main() -> int:
     console.print(json.dumps(device))
     models = []
     for name in options.model:
-        models.append(run(name, options.tokens, options.profile, console))
+        models.append(run(name, options.tokens, options.densities, options.profile, console))
         if options.output is not None:
             write(options.output, {"device": device, "dtype": str(DTYPE), "models": models})
     return 0

@@ -12,7 +12,7 @@ tl.dot takes fp16 and bf16 operands as they are and never turns fp32 into tf32.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lte_compile.kernels.decode_kernels import hidden_of, list_active, nth_active
 
@@ -181,6 +181,8 @@ def down(
     DEPENDENT: tl.constexpr = False,
 ):
     """A block of columns of y for all tokens, over this split's share of the active experts' neurons."""
+    if DEPENDENT == 2:
+        gdc_launch_dependents()
     if DEPENDENT:
         gdc_wait()
     block, split = tl.program_id(0), tl.program_id(1)

@@ -200,11 +200,13 @@ def project_down(
     column_B = block * BLOCK + tl.arange(0, BLOCK)
     token_T = tl.arange(0, TOKENS)
     list_ptr = lists_ptr + (split * tl.num_programs(0) + block) * EXPERTS_PADDED
+    if DEPENDENT == 3:
+        gdc_launch_dependents()  # what comes after this layer takes its places as these programs leave theirs
     if DEPENDENT == 1:
         gdc_wait()
     num_active = list_selected(selected_ptr, list_ptr, EXPERTS, EXPERTS_PADDED)
     rows = load_rows(split * ROWS, num_active, list_ptr, down_ptr, column_B, F, D, EXPERT_SIZE, ROWS)
-    if DEPENDENT == 2:
+    if DEPENDENT >= 2:
         gdc_wait()
     sum_TRB = tl.zeros([ROWS, BLOCK] if TOKENS == 1 else [TOKENS, ROWS, BLOCK], tl.float32)
     sum_TRB = add_rows(sum_TRB, hidden_ptr, rows, tokens, F, TOKENS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lte_compile.kernels.grouped_tile import grouped_tile
 from lte_compile.kernels.layout import is_neuron_major
-from lte_compile.kernels.skipping_cost import Layer, dense_cost, expected_union, grouped_cost
+from lte_compile.kernels.skipping_cost import LARGE_UP_BYTES, Layer, dense_cost, expected_union, grouped_cost
 from lte_compile.kernels.sparse_ffn_cpu import sparse_ffn_cpu
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
 
@@ -35,13 +35,20 @@ ALWAYS_BATCHED_TOKENS = 16
 MAX_UNION_OF_FEW, MAX_UNION = 0.9, 0.75
 # Of so large a layer the kernel for a few tokens takes at most as long as dense (LLaMA-2-7B's has 270 MB).
 LARGE_LAYER_BYTES = 200e6
+# One token of 4096 x 11008 on an H100: a list of the active experts takes 88.5 us at density .9 and 95.0 at .98,
+# reading every expert 89.8. Its programs hold a whole row.
+NEARLY_EVERY_EXPERT, MAX_WHOLE_WIDTH = 0.92, 8192
+# Bytes of a small layer, and the density from which reading all of it is faster on an H100: SmolLM2-135M's (5 MB)
+# takes 5.6 us to 7.0 at .1, GPT-2's (9 MB) 7.6 to 7.8 at .3, 1024 x 2816 (17 MB) 10.0 to 10.2 at .5.
+WHOLE_SMALL_LAYERS = ((6e6, 0.1), (10e6, 0.3), (20e6, 0.5))
 # What the device reads in the 5 us that the batch kernel's launches take longer (SmolLM2-135M, 8 tokens, H200).
 LEAST_SAVED_BYTES = 20e6
 MASKING = "dense with zeroed gates is faster"
 # Router, up and gate in one launch, over dense on an H100: 576 x 1536 (5 MB) .74 to 1.01 from 8 to 8192 tokens, 1024 x
-# 2816 (17 MB) .82 to 1.02 up to 512 tokens and 1.14 at 2048; GPT-2's plain FFN (9 MB) .98 to 1.04 up to 128 tokens.
+# 2816 (17 MB) .81 to 1.04 up to 512 tokens and 1.14 at 2048; GPT-2's plain FFN (9 MB) .97 to 1.03 up to 128 tokens and
+# 1.19 at 512, where dense products with zeroed gates take 1.25.
 TINY_LAYER_BYTES, SMALL_LAYER_BYTES = 6e6, 20e6
-MAX_FUSED_TOKENS, MAX_PLAIN_FUSED_TOKENS = 512, 128
+MAX_FUSED_TOKENS = 512
 # A choice that rests on an estimate should win by more than the estimate may be wrong.
 LEAST_GAIN = 1.04
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -106,6 +113,27 @@ def _refuse_decode(request: Request) -> str | None:
     return _refuse_triton(request)
 
 
+def _refuse_whole(request: Request) -> str | None:
+    """One token that selects nearly every expert of a large layer, or whatever of a small one: nothing is skipped."""
+    tokens, density = request.tokens, request.density
+    if tokens != 1:
+        return f"serves one token; got {tokens}"
+    if density is None:
+        return "the share of active experts is unknown; it pays only from some share on"
+    if density < _whole_from(request):
+        return f"density {density:.2g}: leaving the other experts unread is faster"
+    if request.width > MAX_WHOLE_WIDTH:
+        return f"serves widths up to {MAX_WHOLE_WIDTH}; got {request.width}"
+    return _refuse_triton(request)
+
+
+def _whole_from(request: Request) -> float:
+    """The density from which reading everything is faster; more than 1 where nobody measured it."""
+    if request.width * request.neurons * request.dtype.itemsize >= LARGE_UP_BYTES:
+        return NEARLY_EVERY_EXPERT
+    return next((density for most, density in WHOLE_SMALL_LAYERS if _layer_bytes(request) <= most), 2.0)
+
+
 def _refuse_batch(request: Request) -> str | None:
     tokens, density = request.tokens, request.density
     if not 2 <= tokens <= MAX_BATCH_TOKENS:
@@ -158,9 +186,8 @@ def _refuse_fused(request: Request) -> str | None:
     layer_bytes = _layer_bytes(request)
     if layer_bytes > SMALL_LAYER_BYTES:
         return f"serves layers up to {SMALL_LAYER_BYTES / 1e6:.0f} MB; this one has {layer_bytes / 1e6:.0f} MB"
-    most = MAX_FUSED_TOKENS if request.gated else MAX_PLAIN_FUSED_TOKENS
-    if request.tokens > most and not (request.gated and layer_bytes <= TINY_LAYER_BYTES):
-        return f"serves up to {most} tokens of a layer of {layer_bytes / 1e6:.0f} MB; got {request.tokens}"
+    if request.tokens > MAX_FUSED_TOKENS and not (request.gated and layer_bytes <= TINY_LAYER_BYTES):
+        return f"serves up to {MAX_FUSED_TOKENS} tokens of a layer of {layer_bytes / 1e6:.0f} MB; got {request.tokens}"
     return None
 
 
@@ -209,6 +236,12 @@ def _decode(call: SparseFfnCall) -> Tensor:
     return sparse_ffn_decode(call)
 
 
+def _whole(call: SparseFfnCall) -> Tensor:
+    from lte_compile.kernels.triton_decode_whole import sparse_ffn_decode_whole
+
+    return sparse_ffn_decode_whole(call)
+
+
 def _batch(call: SparseFfnCall) -> Tensor:
     from lte_compile.kernels.triton_batch import sparse_ffn_batch
 
@@ -238,6 +271,7 @@ def _never_refuse(request: Request) -> None:
 
 
 LOWERINGS: tuple[Lowering, ...] = (
+    Lowering(SPARSE_FFN, "triton-whole", _refuse_whole, _whole),
     Lowering(SPARSE_FFN, "triton-decode", _refuse_decode, _decode),
     Lowering(SPARSE_FFN, "triton-batch", _refuse_batch, _batch),
     Lowering(SPARSE_FFN, "triton-prefill", _refuse_prefill, _prefill),

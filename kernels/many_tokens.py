@@ -36,6 +36,16 @@ def beside(like: Tensor, lane: int = 0) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_lane(like: Tensor, lane: int) -> Iterator[None]:
+    """Work inside goes on on a side stream that `beside` has opened."""
+    if not like.is_cuda:
+        yield
+        return
+    with torch.cuda.stream(_side_stream(like.device, lane)):
+        yield
+
+
 def rejoin(like: Tensor, lane: int = 0) -> None:
     """The main stream goes on when the side stream is done."""
     if like.is_cuda:

@@ -1,11 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The Triton kernels for many tokens; lte_compile.kernels.triton_prefill and .masked_dense say how they are used.
+"""The Triton kernels for many tokens that multiply; .triton_prefill and .fused_up say how they are used.
 
 ACTIVATION is a name, or (IS_PROGRAM) the function generated from a region program, which loads its `constants` itself.
 
 Shape suffixes: T tokens, D model width, F neurons, E experts; M tokens of a tile, N neurons of a tile, R experts of a
-tile, J rows of up and gate in turn (2 N, or N in a plain FFN), K columns of one step of a sum over D, S neurons of one
-expert.
+tile, J rows of up and gate in turn (2 N, or N in a plain FFN), K columns of one step of a sum over D.
 Interpretable (no inline assembly), Triton 3.6 and later. Products are exact or rounded as IEEE says: tl.dot takes fp16
 and bf16 operands as they are and never turns fp32 into tf32.
 """
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lte_compile.kernels.decode_kernels import hidden_of
-from lte_compile.kernels.token_lists import selects, sum_of_parts
+from lte_compile.kernels.token_lists import selects
 
 
 @triton.jit
@@ -268,52 +267,3 @@ def routed_up(
     place_MN = token_M[:, None].to(tl.int64) * F + neuron_N[None, :]
     mask_MN = reads_M[:, None] & (neuron_N < F)[None, :]
     tl.store(hidden_ptr + place_MN, tl.where(keeps_MN, hidden_MN, 0.0).to(half), mask=mask_MN)
-
-
-@triton.jit
-def mask_hidden(
-    logits_ptr,
-    router_bias_ptr,
-    up_ptr,
-    gate_ptr,
-    constants,
-    hidden_ptr,
-    tau,
-    tokens,
-    F,
-    PARTS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    EXPERT_SIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    IS_PROGRAM: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr,
-    NEURONS: tl.constexpr,
-):
-    """Hidden values of up and gate [T, F], zero where the token did not select the expert.
-
-    Those are read all the same: else reading would wait for the scores. A program takes a tile [E, S] of one token:
-    experts, and neurons of each, padded to a power of two. Programs start with the last token, as what the projections
-    wrote last is still in L2.
-    """
-    parts: tl.constexpr = (EXPERT_SIZE + NEURONS - 1) // NEURONS
-    tiles: tl.constexpr = (EXPERTS + BLOCK_EXPERTS - 1) // BLOCK_EXPERTS * parts
-    token = tokens - 1 - (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    expert_E = (tile // parts) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
-    in_expert_S = (tile % parts) * NEURONS + tl.arange(0, NEURONS)
-    exists_E = expert_E < EXPERTS
-    logit_E = sum_of_parts(logits_ptr, token * EXPERTS + expert_E, tokens * EXPERTS, exists_E, PARTS)
-    selects_E = selects(logit_E, router_bias_ptr, expert_E, exists_E, tau, True)
-    neuron_ES = expert_E[:, None] * EXPERT_SIZE + in_expert_S[None, :]
-    exists_ES = neuron_ES < F
-    if EXPERT_SIZE % NEURONS != 0:
-        exists_ES = exists_ES & (in_expert_S < EXPERT_SIZE)[None, :]
-    keeps_ES = exists_ES & selects_E[:, None]
-    place_ES = token * F + neuron_ES
-    up_ES = tl.load(up_ptr + place_ES, mask=exists_ES, other=0.0).to(tl.float32)
-    gate_ES = up_ES
-    if gate_ptr is not None:
-        gate_ES = tl.load(gate_ptr + place_ES, mask=exists_ES, other=0.0).to(tl.float32)
-    hidden_ES = hidden_of(up_ES, gate_ES, constants, neuron_ES, exists_ES, ACTIVATION, IS_PROGRAM, gate_ptr is not None)
-    hidden_ES = tl.where(keeps_ES, hidden_ES, 0.0)
-    tl.store(hidden_ptr + place_ES, hidden_ES.to(hidden_ptr.dtype.element_ty), mask=exists_ES)

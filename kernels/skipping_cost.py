@@ -27,6 +27,9 @@ TENSOR_CORES = Rates(230.0, 0.47)
 FMA = Rates(16.0, 0.29)
 # The grouped product reads weights at about 3/4 of the bandwidth of a copy (256 and 512 tokens on an H200).
 GROUPED_READ = 1.3
+# For one token, an up-projection from here on is worth launches that share work evenly (SmolLM2-135M's has 2 MB,
+# TinyLlama's 23, LLaMA-2-7B's 90).
+LARGE_UP_BYTES = 2**25
 # Router, lists and launches: 12 us at 3.0 TB/s.
 LISTING_BYTES = 36e6
 

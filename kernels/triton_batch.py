@@ -53,6 +53,7 @@ class BatchConfig:
     down_programs: int = 256  # column blocks times splits
     down_warps: int = 4
     down_stages: int = 6
+    lets_next: bool = True  # launch 3 lets the next layer's launch 1 be placed while its own last programs run
 
 
 def default_config(width: int, expert_size: int, union: float = 1.0) -> BatchConfig:
@@ -179,6 +180,6 @@ def _down(call: SparseFfnCall, hidden_TF: Tensor, active_E: Tensor, arrived: Ten
         BLOCK=config.down_block,
         SPLITS=splits,
         STAGES=config.down_stages,
-        **launch_options(hidden_TF.device, config.down_warps),
+        **launch_options(hidden_TF.device, config.down_warps, lets_next=config.lets_next),
     )
     return y_TD

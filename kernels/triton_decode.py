@@ -1,6 +1,7 @@
 """lte::sparse_ffn for one token on a GPU: Triton launches that read the router and the active experts' weights.
 
-Large layers take three launches (`triton_decode_list`); small ones, whose time is that of launches, these two.
+Large layers take three launches (`triton_decode_list`), small ones two of their own (`triton_decode_small`), all
+others these two.
 Launch 1 (`route_up`): each program recomputes its expert's score (a few KB, shared through L2 by the expert's
 programs), stops if the expert is inactive, and otherwise computes a few of its neurons.
 Launch 2 (`down`): each program lists the active experts by a prefix sum over the flags, adds its share of their rows
@@ -22,13 +23,15 @@ from torch import Tensor
 from lte_compile.kernels.decode_kernels import down, route_up
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
+from lte_compile.kernels.skipping_cost import LARGE_UP_BYTES
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.kernels.triton_decode_list import MAX_WIDTH, sparse_ffn_decode_list
+from lte_compile.kernels.triton_decode_small import is_small, sparse_ffn_decode_small
 from lte_compile.kernels.triton_launch import launch_options
 
-# Bytes of the up-projection: below the first, launches of many one-warp programs are fastest; from the second on, three
-# launches are faster than two (SmolLM2-135M has 2 MB, TinyLlama 23, LLaMA-2-7B 90).
-SMALL_BYTES, LARGE_BYTES = 2**23, 2**25
+# Bytes of the up-projection below which launches of many one-warp programs are fastest; from LARGE_UP_BYTES on, three
+# launches are faster than two.
+SMALL_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,15 @@ def default_config(call: SparseFfnCall) -> DecodeConfig:
 def sparse_ffn_decode(call: SparseFfnCall) -> Tensor:
     """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
-    return sparse_ffn_decode_list(call) if is_large(call) else sparse_ffn_two_launches(call)
+    if is_large(call):
+        return sparse_ffn_decode_list(call)
+    return sparse_ffn_decode_small(call) if is_small(call) else sparse_ffn_two_launches(call)
 
 
 def is_large(call: SparseFfnCall) -> bool:
     """Whether the kernels over a list of experts can serve the layer, and are the faster ones."""
     up_FD = call.weights.up_FD
-    return up_FD.nbytes >= LARGE_BYTES and max(up_FD.shape[1], call.router_ED.shape[1]) <= MAX_WIDTH
+    return up_FD.nbytes >= LARGE_UP_BYTES and max(up_FD.shape[1], call.router_ED.shape[1]) <= MAX_WIDTH
 
 
 def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:

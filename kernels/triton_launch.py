@@ -37,9 +37,9 @@ def tokens_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def launch_options(device: torch.device, warps: int, early: bool = False) -> dict[str, Any]:
-    """Keyword arguments of a launch of a kernel that has a DEPENDENT constant: 1, or 2 if `early`, where the device can
-    start a launch before the one before has ended, else 0."""
+def launch_options(device: torch.device, warps: int, early: bool = False, lets_next: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a launch of a kernel that has a DEPENDENT constant: 1, plus 1 each for `early` and
+    `lets_next`, where the device can start a launch before the one before has ended, else 0."""
     if gpu_of(device).dependent_launch:
-        return {"num_warps": warps, "DEPENDENT": 1 + early, "launch_pdl": True}
+        return {"num_warps": warps, "DEPENDENT": 1 + early + lets_next, "launch_pdl": True}
     return {"num_warps": warps, "DEPENDENT": 0}

@@ -22,6 +22,7 @@ from lte_compile.passes.anchors import arguments, is_lte, level_of, lte_name
 from lte_compile.passes.copying import copy_graph_module
 from lte_compile.passes.dataflow import CONSTANT_KEY
 from lte_compile.passes.fuse import FuseExperts
+from lte_compile.passes.fuse_features import FuseFeatures
 from lte_compile.passes.ir import CapturedGraph, Level, Pass, PassReport
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.pipeline import run_pipeline
@@ -99,7 +100,7 @@ def rewrite_graph(
     """A rewritten copy of a graph from Dynamo, which reads its own again later; no reports where nothing is routed."""
     passes: tuple[Pass, ...] = (FuseExperts(),)
     if lower and not _needs_gradients(example_inputs):
-        passes += (LowerSparse(),)
+        passes += (LowerSparse(), FuseFeatures())
     copied = _clone(gm)
     return copied, _run_passes(copied, _parameters(copied, example_inputs), passes)
 

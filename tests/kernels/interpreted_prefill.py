@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from lte_compile.kernels.triton_prefill import sparse_ffn_prefill
 from tests.kernels.interpreted import Kernel, error, errors_of
 from tests.kernels.problems import Shape, in_float64, interleaved, make_call
 
+CHUNKED = MaskConfig(elements=32, from_end=False, in_gate=True, up_beside=False, parts=2, finishes=True, chunk=128)
 KERNELS: dict[str, Kernel] = {
     "sorted": partial(sparse_ffn_prefill, config=GroupedTile(tokens=16, neurons=16, block=16)),
     "masked dense": partial(sparse_ffn_masked_dense, config=MaskConfig(elements=64)),
@@ -68,12 +70,25 @@ def errors_of_lists() -> dict[str, float]:
     return errors
 
 
+def errors_of_chunks() -> dict[str, float]:
+    """More tokens than a chunk has; a plain FFN whose hidden values its product computes."""
+    chunked = partial(sparse_ffn_masked_dense, config=CHUNKED)
+    calls = {gated: make_call(Shape((2, 150), 64, 20, 8), gated=gated, dtype=torch.float32) for gated in (True, False)}
+    plain = make_call(SHAPES["primes"], gated=False, dtype=torch.float16, activation="gelu_tanh")
+    finished = partial(sparse_ffn_masked_dense, config=replace(CHUNKED, chunk=None))
+    return {
+        "three chunks, gated": error(chunked, calls[True]),
+        "three chunks, plain": error(chunked, calls[False]),
+        "finished by a product": error(finished, plain),
+    }
+
+
 def main() -> None:
     errors = {f"{name}: {case}": e for name, kernel in KERNELS.items() for case, e in errors_of(kernel, SHAPES).items()}
     for name, kernel in KERNELS.items():
         errors[f"{name}: non-finite"] = non_finite(kernel)
         errors[f"{name}: interleaved"] = error(kernel, interleaved(make_call(SHAPES["primes"], dtype=torch.float32)))
-    json.dump(errors | errors_of_lists(), sys.stdout)
+    json.dump(errors | errors_of_chunks() | errors_of_lists(), sys.stdout)
 
 
 if __name__ == "__main__":

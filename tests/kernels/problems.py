@@ -147,7 +147,7 @@ def run_op(call: SparseFfnCall) -> Tensor:
     x, router, bias, weights, activation, size, tau, offsets, constants, *_ = call
     given = list(constants) if constants else None
     ffn = (*weights, activation, size, tau, offsets, given)
-    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *ffn, x_router=call.router_x_C)
+    result: Tensor = torch.ops.lte.sparse_ffn(x, router, bias, *ffn, density=call.density, x_router=call.router_x_C)
     return result
 
 

@@ -42,6 +42,10 @@ BATCHES = [
 ]
 
 
+# What every property is checked on: a shape, and the density that the call is told.
+SERVED = [(SHAPES[0], None), (SHAPES[-1], None), (SHAPES[-1], 1.0), (BATCHES[0], None), (BATCHES[1], None)]
+
+
 def on_gpu(call: SparseFfnCall) -> SparseFfnCall:
     def move(tensor: Tensor | None) -> Any:  # `.cuda()` keeps a transposed layout
         return None if tensor is None else tensor.cuda()
@@ -85,10 +89,19 @@ def test_activations(activation: str, tokens: int) -> None:
     assert relative_error(serve(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *BATCHES[:2]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.width == 4096], ids=str)
+def test_reading_every_expert_matches_float64(shape: Shape, gated: bool, dtype: torch.dtype) -> None:
+    call = on_gpu(make_call(shape, gated=gated, dtype=dtype))._replace(density=1.0)
+    assert choose(describe(call)).lowering.name == "triton-whole"
+    assert relative_error(serve(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("shape", "density"), SERVED, ids=str)
 @pytest.mark.parametrize("tau", [-1.0, 1.0], ids=["all active", "none active"])
-def test_extremes(tau: float, shape: Shape) -> None:
-    call = on_gpu(make_call(shape, dtype=torch.float32, tau=tau))
+def test_extremes(tau: float, shape: Shape, density: float | None) -> None:
+    call = on_gpu(make_call(shape, dtype=torch.float32, tau=tau))._replace(density=density)
     assert relative_error(serve(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
 
 
@@ -99,16 +112,16 @@ def test_experts_that_no_kernel_serves_use_the_reference() -> None:
     assert relative_error(serve(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *BATCHES[:2]], ids=str)
-def test_a_hundred_runs_are_bit_equal(shape: Shape) -> None:
-    call = on_gpu(make_call(shape, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("shape", "density"), SERVED, ids=str)
+def test_a_hundred_runs_are_bit_equal(shape: Shape, density: float | None) -> None:
+    call = on_gpu(make_call(shape, dtype=torch.bfloat16))._replace(density=density)
     first = serve(call)
     assert all(torch.equal(serve(call), first) for _ in range(100))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *BATCHES[:2]], ids=str)
-def test_one_cuda_graph_serves_every_mask_and_input(shape: Shape) -> None:
-    call = on_gpu(make_call(shape, dtype=torch.float32))
+@pytest.mark.parametrize(("shape", "density"), SERVED, ids=str)
+def test_one_cuda_graph_serves_every_mask_and_input(shape: Shape, density: float | None) -> None:
+    call = on_gpu(make_call(shape, dtype=torch.float32))._replace(density=density)
     assert call.router_bias_E is not None
     serve(call)  # compiles the kernels: not allowed during capture
     torch.cuda.synchronize()
@@ -126,15 +139,15 @@ def test_one_cuda_graph_serves_every_mask_and_input(shape: Shape) -> None:
     assert {0, shape.experts} < active  # none, all and something between were met
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *BATCHES[:2]], ids=str)
-def test_scratch_memory_may_hold_anything(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "density"), SERVED, ids=str)
+def test_scratch_memory_may_hold_anything(shape: Shape, density: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         memory = plain_empty(*args, **kwargs)
         return memory.fill_(float("nan") if memory.is_floating_point() else 12345)
 
-    call = on_gpu(make_call(shape, dtype=torch.float32))
+    call = on_gpu(make_call(shape, dtype=torch.float32))._replace(density=density)
     expected = serve(call)
     monkeypatch.setattr(torch, "empty", poisoned)
     assert torch.equal(serve(call), expected)
@@ -156,9 +169,11 @@ def test_two_tokens_that_select_little_match_float64(gated: bool, dtype: torch.d
     assert relative_error(serve(call), sparse_ffn_reference(in_float64(call))) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *BATCHES[:2]], ids=str)
-def test_what_no_token_selects_is_never_read(shape: Shape) -> None:
-    call = on_gpu(make_call(shape, dtype=torch.bfloat16))._replace(density=0.01)
+@pytest.mark.parametrize(
+    ("shape", "density"), [(shape, 0.01 if density is None else density) for shape, density in SERVED], ids=str
+)
+def test_what_no_token_selects_adds_nothing_whatever_it_is(shape: Shape, density: float) -> None:
+    call = on_gpu(make_call(shape, dtype=torch.bfloat16))._replace(density=density)
     assert call.router_bias_E is not None
     call.router_bias_E.sub_(30)
     expected = serve(call)
@@ -171,9 +186,9 @@ def test_what_no_token_selects_is_never_read(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str)
-def test_what_is_not_finite_propagates_as_in_the_reference(shape: Shape, value: float) -> None:
-    call = on_gpu(make_call(shape, dtype=torch.float32, tau=-1.0))
+@pytest.mark.parametrize(("shape", "density"), SERVED[:3], ids=str)
+def test_what_is_not_finite_propagates_as_in_the_reference(shape: Shape, density: float | None, value: float) -> None:
+    call = on_gpu(make_call(shape, dtype=torch.float32, tau=-1.0))._replace(density=density)
     call.weights.up_FD[7, 5] = value
     assert torch.equal(run_op(call).isnan(), sparse_ffn_reference(call).isnan())
     call.x_D[..., 3] = value  # every score is NaN or infinite

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.fused_up import sparse_ffn_fused_up
 from lte_compile.kernels.lowering import choose, describe
-from lte_compile.kernels.masked_dense import sparse_ffn_masked_dense
+from lte_compile.kernels.masked_dense import LARGE_LAYER, sparse_ffn_masked_dense
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts, sparse_ffn_reference
 from lte_compile.kernels.triton_prefill import sparse_ffn_prefill
 from tests.kernels.interpreted import Kernel
@@ -32,9 +34,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+# As large layers with many tokens take it (default_config), in chunks that these shapes exceed.
+CHUNKED = replace(LARGE_LAYER[2048], chunk=128, finishes=True)
 KERNELS: dict[str, Kernel] = {
     "sorted": sparse_ffn_prefill,
     "masked dense": sparse_ffn_masked_dense,
+    "chunked dense": partial(sparse_ffn_masked_dense, config=CHUNKED),
     "fused": sparse_ffn_fused_up,
 }
 SHAPES = [

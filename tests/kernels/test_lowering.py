@@ -62,6 +62,38 @@ def test_tokens_and_density_choose_on_cuda(tokens: int, density: float | None, n
     assert choose(LLAMA._replace(tokens=tokens, density=density)).lowering.name == name
 
 
+@pytest.mark.parametrize(
+    ("density", "name"),
+    [
+        (None, "triton-decode"),
+        (0.5, "triton-decode"),
+        (0.9, "triton-decode"),
+        (0.95, "triton-whole"),
+        (1.0, "triton-whole"),
+    ],
+)
+def test_one_token_that_selects_nearly_every_expert_skips_nothing(density: float | None, name: str) -> None:
+    pytest.importorskip("triton")
+    assert choose(LLAMA._replace(density=density)).lowering.name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"density": None}, "the share of active experts is unknown"),
+        ({"density": 0.5}, "density 0.5: leaving the other experts unread is faster"),
+        ({"tokens": 2}, "serves one token; got 2"),
+        ({"width": 2048, "neurons": 5632}, "density 1: leaving the other experts unread is faster"),
+        ({"width": 576, "neurons": 1536, "density": 0.05}, "density 0.05: leaving the other experts unread is faster"),
+        ({"width": 16384}, "serves widths up to 8192; got 16384"),
+        ({"down_is_neuron_major": False}, "the down-projection must be neuron-major"),
+    ],
+)
+def test_skipping_nothing_is_for_large_layers_that_need_all(change: dict[str, object], reason: str) -> None:
+    pytest.importorskip("triton")
+    assert reason in choose(LLAMA._replace(**{"density": 1.0, **change})).refusals["triton-whole"]  # type: ignore[arg-type]
+
+
 SMOL = LLAMA._replace(width=576, neurons=1536, experts=48)
 GPT2 = LLAMA._replace(width=768, neurons=3072, experts=96, gated=False)
 
@@ -76,10 +108,13 @@ GPT2 = LLAMA._replace(width=768, neurons=3072, experts=96, gated=False)
         (SMOL._replace(tokens=8, dtype=torch.float32), "masked-dense"),
         (SMOL._replace(tokens=8, own_router_input=True), "masked-dense"),
         (SMOL._replace(tokens=1), "triton-decode"),
+        (SMOL._replace(tokens=1, density=0.3), "triton-whole"),
+        (GPT2._replace(tokens=1, density=0.2), "triton-decode"),
+        (GPT2._replace(tokens=1, density=0.3), "triton-whole"),
         (SMOL._replace(width=1024, neurons=2816, tokens=512), "triton-fused"),
         (SMOL._replace(width=1024, neurons=2816, tokens=2048), "masked-dense"),
-        (GPT2._replace(tokens=128), "triton-fused"),
-        (GPT2._replace(tokens=129), "masked-dense"),
+        (GPT2._replace(tokens=512), "triton-fused"),
+        (GPT2._replace(tokens=513), "masked-dense"),
     ],
 )
 def test_small_layers_take_few_launches(request_: Request, name: str) -> None:
@@ -91,7 +126,7 @@ def test_small_layers_take_few_launches(request_: Request, name: str) -> None:
     ("change", "row", "reason"),
     [
         ({"tokens": 512}, "triton-fused", "serves layers up to 20 MB; this one has 271 MB"),
-        ({"tokens": 512, "width": 1024, "neurons": 2816, "gated": False}, "triton-fused", "serves up to 128 tokens"),
+        ({"tokens": 513, "width": 1024, "neurons": 2816, "gated": False}, "triton-fused", "serves up to 512 tokens"),
         ({"tokens": 64}, "triton-batch", "64 tokens of unknown density may need every expert"),
         ({"tokens": 64, "density": 0.3}, "triton-batch", "64 tokens at density 0.3 need 100% of the experts"),
         ({"tokens": 8, "width": 576, "neurons": 1536}, "triton-batch", "saves at most 5 MB of reading"),

@@ -114,7 +114,7 @@ def interpreted_errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", ["narrower", "wider"])
-@pytest.mark.parametrize("kernel", ["decode", "decode list", "batch", "prefill", "masked dense"])
+@pytest.mark.parametrize("kernel", ["decode", "decode list", "decode whole", "batch", "prefill", "masked dense"])
 def test_interpreted_kernels_match_float64(
     interpreted_errors: dict[str, float], kernel: str, width: str, dtype: torch.dtype
 ) -> None:
@@ -130,10 +130,20 @@ def test_kernels_on_a_gpu_match_float64(sizes: tuple[int, int, int, int], dtype:
     width, neurons, expert_size, columns = sizes
     call = with_router_input(make_call(Shape((tokens,), width, neurons, expert_size), dtype=dtype), columns)
     call = on_gpu(call._replace(router_ED=call.router_ED / columns**0.5))
-    expected = sparse_ffn_reference(in_float64(call))
+    expected, clear = sparse_ffn_reference(in_float64(call)), decided_clearly(call)
+    assert clear.float().mean() > 0.5
     for density in (None, 0.1, 1.0):
         one = call._replace(density=density)
-        assert relative_error(choose(describe(one)).lowering.kernel(one), expected) < TOLERANCE[dtype]
+        actual = choose(describe(one)).lowering.kernel(one)
+        assert relative_error(actual[clear], expected[clear]) < TOLERANCE[dtype]
+
+
+def decided_clearly(call: SparseFfnCall) -> Tensor:
+    """Tokens with no score so near the threshold that rounding decides."""
+    exact = in_float64(call)
+    scores_TE: Tensor = ops.route(exact.router_input, exact.router_ED, exact.router_bias_E)
+    gap_T: Tensor = (scores_TE - call.tau).abs().amin(-1)
+    return gap_T > 1e-4
 
 
 def on_gpu(call: SparseFfnCall) -> SparseFfnCall:

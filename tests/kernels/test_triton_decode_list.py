@@ -74,8 +74,9 @@ def test_kernels_compile_without_spills(tokens: int, gated: bool, capability: in
     from lte_compile.kernels import decode_list_kernels
 
     for name, constants, warps in launches(tokens, gated):
-        constants |= {"DEPENDENT": dependent}
+        constants |= {"DEPENDENT": 3 if dependent and name == "project_down" else dependent}
         ptx = compile_ptx(getattr(decode_list_kernels, name), TYPES, constants, capability, warps)
         assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg", ptx), "weights must be read 16 bytes at a time"
         assert ("griddepcontrol.wait" in ptx) == (dependent > 0)
+        assert ("griddepcontrol.launch_dependents" in ptx) == (dependent > 0)
         assert spilled_bytes(ptx, capability) == 0

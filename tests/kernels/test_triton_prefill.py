@@ -57,6 +57,20 @@ def test_interpreted_activations_and_extremes_match_float64(
     assert interpreted_errors[f"{kernel}: {case}"] < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("three chunks, gated", torch.float32),
+        ("three chunks, plain", torch.float32),
+        ("finished by a product", torch.float16),
+    ],
+)
+def test_interpreted_ways_of_dense_products_match_float64(
+    interpreted_errors: dict[str, float], case: str, dtype: torch.dtype
+) -> None:
+    assert interpreted_errors[case] < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("values", ["scores", "logits", "parts", "strided"])
 @pytest.mark.parametrize("case", interpreted_prefill.LISTS)
 def test_lists_hold_the_tokens_above_the_threshold(
@@ -74,7 +88,7 @@ def launches() -> list[tuple[str, dict[str, Any], int]]:
     function = {"ACTIVATION": "silu", "IS_PROGRAM": False}
     experts = {"EXPERTS": 344, "EXPERT_SIZE": 32}
     width = {"D": 4096, "ROW_STRIDE": 4096, "BIAS_STRIDE": 1, "up_bias_ptr": None, "gate_bias_ptr": None}
-    masking = function | experts | {"PARTS": 4, "BLOCK_EXPERTS": 64, "NEURONS": 32}
+    masking = function | experts | {"PARTS": 4, "BLOCK_EXPERTS": 64, "NEURONS": 32, "FROM_END": True}
     launches = [("mask_hidden", masking, 8)]
     for config in configs:
         tile = {"TOKENS": config.tokens, "NEURONS": config.neurons, "BLOCK": config.block, "STAGES": config.stages}
@@ -87,10 +101,11 @@ def launches() -> list[tuple[str, dict[str, Any], int]]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_spills(capability: int) -> None:
-    from lte_compile.kernels import prefill_kernels
+    from lte_compile.kernels import mask_kernels, prefill_kernels
 
     for name, constants, warps in launches():
-        ptx = compile_ptx(getattr(prefill_kernels, name), TYPES, constants, capability, warps)
+        module = mask_kernels if name == "mask_hidden" else prefill_kernels
+        ptx = compile_ptx(getattr(module, name), TYPES, constants, capability, warps)
         assert spilled_bytes(ptx, capability) == 0
         if name in ("listed_up", "routed_up"):
             wide = capability == 90 and constants["TOKENS"] >= 64  # the smallest wgmma
