@@ -28,10 +28,11 @@ from lte_compile.cli.comparing import CompareSettings, Opened, open_workbench, p
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.preparing import pick_device
 from lte_compile.config import Grouping, RouterKind, Stage, TransformConfig
+from lte_compile.evaluation import evaluate
 from lte_compile.progress import TrainingProgress
 from lte_compile.results import write_atomically
 from lte_compile.routing import set_stage
-from lte_compile.train_config import Gates, Phase, TrainConfig
+from lte_compile.train_config import BudgetDraw, FitTarget, Gates, Phase, TrainConfig
 from lte_compile.training import train
 
 
@@ -43,6 +44,7 @@ class Lever:
         train, transform: fields of `TrainConfig` and `TransformConfig`.
         length: of the training, times the base's steps.
         stage2: share of the steps with frozen routers.
+        budgets: whether the model is also measured at the densities of `--curve`.
         stairs: densities to train at first, each for a fifth of the steps.
         soft_first: the paper's soft gates for this share of the steps before straight-through ones.
         is_dense: the dense model, as far as it applies.
@@ -52,6 +54,7 @@ class Lever:
     transform: dict[str, Any] = field(default_factory=dict)
     length: float = 1.0
     stage2: float = 0.0
+    budgets: bool = False
     stairs: tuple[float, ...] = ()
     soft_first: float = 0.0
     is_dense: bool = False
@@ -59,6 +62,10 @@ class Lever:
 
 def _soft(separability: float, stage2: float = 1 / 3) -> Lever:
     return Lever(train={"gates": Gates.SOFT, "separability": separability}, stage2=stage2)
+
+
+def _budgets(low: float, high: float, draw: BudgetDraw = BudgetDraw.UNIFORM, **train: Any) -> Lever:
+    return Lever(train={"budget_range": (low, high), "budget_draw": draw, **train}, budgets=True)
 
 
 STAIR = 0.2  # of the steps
@@ -72,7 +79,13 @@ LEVERS: dict[str, Lever] = {
     **{f"router-lr-{r}": Lever(train={"router_learning_rate": float(r)}) for r in ("1e-4", "3e-4", "1e-3", "3e-3")},
     **{f"soft-lambda-{weight:g}": _soft(weight) for weight in (0.0, 0.5, 1.0)},
     **{f"eta-{eta:g}": Lever(train={"eta": eta}) for eta in (0.0, 0.05, 0.2, 0.5, 1.0)},
-    **{f"density-{density:g}": Lever(train={"target_density": density}) for density in (0.7, 0.5, 0.2, 0.1)},
+    **{f"density-{density:g}": Lever(train={"target_density": density}) for density in (0.7, 0.6, 0.5, 0.4, 0.2, 0.1)},
+    **{f"budgets-{draw.value}": _budgets(0.2, 0.6, draw) for draw in BudgetDraw},
+    "budgets-wide": _budgets(0.15, 0.7),
+    "budgets-wide-log-uniform": _budgets(0.15, 0.7, BudgetDraw.LOG_UNIFORM),
+    "budgets-distillation-1": _budgets(0.2, 0.6, distillation=1.0),
+    "budgets-eta-alone": _budgets(0.2, 0.6, hold_density=False),
+    "one-budget": Lever(budgets=True),
     "router-two-layer": Lever(transform={"router": RouterKind.TWO_LAYER}),
     **{f"router-rank-{r}": Lever(transform={"router": RouterKind.TWO_LAYER, "router_rank": r}) for r in (72, 288)},
     "experts-of-4-two-layer": Lever(transform={"router": RouterKind.TWO_LAYER, "expert_size": 4}),
@@ -81,10 +94,14 @@ LEVERS: dict[str, Lever] = {
         transform={"router": RouterKind.TWO_LAYER, "expert_size": 4},
     ),
     "hold-density": Lever(train={"hold_density": True}),
+    "eta-alone": Lever(train={"hold_density": False}, budgets=True),
+    "annealed": Lever(train={"start_density": 0.6}, budgets=True),
+    "annealed-eta-alone": Lever(train={"start_density": 0.6, "hold_density": False}, budgets=True),
     "two-stages": Lever(stage2=1 / 3),
     "stairs": Lever(stairs=(0.7, 0.5)),
     "soft-first": Lever(soft_first=0.4),
     "no-fitted-routers": Lever(train={"fit_router": False}),
+    "fit-effect": Lever(train={"fit_target": FitTarget.EFFECT}),
     "weight-decay-0.1": Lever(train={"weight_decay": 0.1}),
     "half-the-tokens": Lever(length=0.5),
     "twice-the-tokens": Lever(length=2.0),
@@ -92,7 +109,7 @@ LEVERS: dict[str, Lever] = {
 }
 
 
-def run_lever(name: str, lever: Lever, bench: Workbench, opened: Opened) -> dict[str, Any]:
+def run_lever(name: str, lever: Lever, bench: Workbench, opened: Opened, curve: Sequence[float] = ()) -> dict[str, Any]:
     """Train as the lever says and measure on the test split."""
     start, steps = perf_counter(), round(bench.steps * lever.length)
     stage2 = round(steps * lever.stage2)
@@ -106,8 +123,11 @@ def run_lever(name: str, lever: Lever, bench: Workbench, opened: Opened) -> dict
         model = bench.transformed(transform)
         _train_in_legs(model, _legs(config, lever), batches, bench)
     row |= {"tokens": batches.tokens, "training_seconds": round(perf_counter() - start, 1)}
+    bench.keep(model, name)
     row |= _judged(model.eval(), opened)
-    if not lever.is_dense and config.eta is None:
+    if lever.budgets:
+        row["curve"] = [_at(model, density, bench, opened) for density in curve]
+    elif not lever.is_dense and config.is_steered:
         set_density(model, config.target_density, floor=config.target_density, ceiling=config.target_density)
         row["equal_layers"] = _judged(model, opened)
     return row | {"seconds": round(perf_counter() - start, 1)}
@@ -131,8 +151,15 @@ def _train_in_legs(model: nn.Module, legs: Sequence[TrainConfig], batches: Count
         teacher = bench.start if leg.needs_teacher else None
         train(model, batches, fitted, held_out=bench.steering, teacher=teacher, on_step=bench.on_step)
     set_stage(model, Stage.HARD)
-    if legs[-1].eta is None:
+    if legs[-1].is_steered:
         place_thresholds(model, bench.calibration, legs[-1].target_density)
+
+
+def _at(model: nn.Module, density: float, bench: Workbench, opened: Opened) -> dict[str, Any]:
+    """The model with its thresholds moved, on test and on validation windows."""
+    place_thresholds(model, bench.calibration, density)
+    validation = evaluate(model, bench.calibration)
+    return {"target": density, **_judged(model, opened), "valid_quality": opened.data.quality(validation)}
 
 
 def _judged(model: nn.Module, opened: Opened) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def _judged(model: nn.Module, opened: Opened) -> dict[str, Any]:
     return row | {"weight_share": chosen.weight_share, "dead_experts": chosen.dead_experts, "layers": layers}
 
 
-def share_out(names: Sequence[str], opened: Opened, seed: int, until: float) -> None:
+def share_out(names: Sequence[str], opened: Opened, seed: int, until: float, curve: Sequence[float]) -> None:
     """Run what has no file yet and nobody else is at, while there is time."""
     directory = opened.settings.out / "levers"
     bench: Workbench | None = None
@@ -160,7 +187,7 @@ def share_out(names: Sequence[str], opened: Opened, seed: int, until: float) -> 
                 continue
             bench = bench or open_workbench(opened, seed)
             try:
-                row = run_lever(name, LEVERS[name], bench, opened)
+                row = run_lever(name, LEVERS[name], bench, opened, curve)
             except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # costs the other levers nothing
                 failed.write_text(traceback.format_exc())
                 opened.progress.say(f"{name}: {failed.read_text()}")
@@ -200,7 +227,7 @@ def _settings(options: argparse.Namespace) -> CompareSettings:
         methods=("lte",),
         densities=(options.density,),
         seeds=1,
-        transform=TransformConfig(expert_size=options.expert_size, grouping=options.grouping),
+        transform=TransformConfig(expert_size=options.expert_size, grouping=options.grouping, router=options.router),
         train=TrainConfig(
             target_density=options.density,
             stage1_steps=options.steps,
@@ -208,6 +235,7 @@ def _settings(options: argparse.Namespace) -> CompareSettings:
             learning_rate=options.learning_rate,
             router_learning_rate=options.router_learning_rate,
             distillation=options.distillation,
+            hold_density=options.hold_density,
             autocast=options.autocast,
             compile=options.compile,
             measure_every=options.measure_every,
@@ -215,7 +243,7 @@ def _settings(options: argparse.Namespace) -> CompareSettings:
         ),
         finetune_steps=options.finetune_steps,
         dense_learning_rate=options.dense_learning_rate,
-        keep_models=False,
+        keep_models=options.keep_models,
         device=options.device,
     )
 
@@ -236,6 +264,10 @@ def main() -> int:
     parser.add_argument("--distillation", type=float, default=0.5)
     parser.add_argument("--expert-size", type=int, default=8)
     parser.add_argument("--grouping", type=Grouping, default=Grouping.COACTIVATION)
+    parser.add_argument("--router", type=RouterKind, default=RouterKind.LINEAR)
+    parser.add_argument("--hold-density", action="store_true")
+    parser.add_argument("--keep-models", action="store_true")
+    parser.add_argument("--curve", type=float, nargs="*", default=(), help="densities for levers with many budgets")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--test-examples", type=int, default=256)
@@ -248,7 +280,7 @@ def main() -> int:
     settings, until = _settings(options), time.time() + options.seconds
     with TrainingProgress() as progress:
         opened = prepare(settings, pick_device(options.device), progress)
-        share_out(options.levers, opened, options.seed, until)
+        share_out(options.levers, opened, options.seed, until, options.curve)
     text = table(options.out)
     write_atomically(options.out / "levers.md", text.encode())
     sys.stdout.write(text)

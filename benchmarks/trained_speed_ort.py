@@ -1,9 +1,9 @@
 """Tokens per second of a trained decoder in ONNX Runtime on this CPU, dense and sparse.
 
-    python -m benchmarks.trained_speed_ort runs/compared/models/lte-0.3-seed0 --task prose
+    python -m benchmarks.trained_speed_ort runs/compared/models/lte-0.3-seed0 --task prose --threads 1 2
 
-Both are exported from the checkpoint with a KV cache: the sparse one at its own thresholds with lte::SparseFFN, the
-dense one without routers. They read the same text of the task's test split, a token a call, in turns, so that a
+Both are exported from the checkpoint with a KV cache, in fp32: the sparse one at its own thresholds with SparseFFN,
+the dense one without routers. They read the same text of the task's test split, a token a call, in turns, so that a
 disturbance of the machine meets both. Times are of one call; the density is measured on this very text.
 """
 
@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -52,8 +52,8 @@ def without_routers(model: nn.Module) -> nn.Module:
 class Reader:
     """One session that reads a text, the prompt in one call and then token by token."""
 
-    def __init__(self, file: Path, ids: Sequence[int]) -> None:
-        self.generator = OrtGenerator(open_session(file, custom_ops=ort_library_path()))
+    def __init__(self, file: Path, ids: Sequence[int], threads: int) -> None:
+        self.generator = OrtGenerator(open_session(file, custom_ops=ort_library_path(), threads=threads))
         self.ids = ids
         self.milliseconds: list[float] = []
         self._read(0, PROMPT, self.generator.empty_cache(1))
@@ -72,30 +72,38 @@ class Reader:
         self.position = last
 
 
-def measure(directory: Path, task: str, tokens: int) -> dict[str, Any]:
+def measure(directory: Path, task: str, tokens: int, threads: Sequence[int]) -> dict[str, Any]:
+    """One checkpoint, with each number of threads."""
     model = lte.load_pretrained(directory)
     lte.set_stage(model, "hard")
     text = max(load_corpus(task).test, key=len)
     ids = AutoTokenizer.from_pretrained(directory)(text[:20_000])["input_ids"][: PROMPT + tokens]
     batch = torch.tensor([ids])
-    density = evaluate(model, [{"input_ids": batch, "labels": batch}]).density
+    measured = evaluate(model, [{"input_ids": batch, "labels": batch}])
+    assert measured.selection is not None
     with tempfile.TemporaryDirectory(prefix="lte_compile-") as scratch:
         files = {name: Path(scratch) / f"{name}.onnx" for name in ("dense", "sparse")}
         export_onnx(without_routers(model), files["dense"], kv_cache=True, dense=True)
         export_onnx(model, files["sparse"], kv_cache=True)
-        readers = {name: Reader(file, ids) for name, file in files.items()}
-        for _ in range(tokens // TURN):
-            for reader in readers.values():
-                reader.read(TURN)
-    times = {name: median(reader.milliseconds) for name, reader in readers.items()}
+        rows = [{"threads": count, **race(files, ids, tokens, count)} for count in threads]
     return {
         "checkpoint": directory.name,
-        "density": density,
+        "density": measured.density,
+        "weight_share": measured.selection.weight_share,
         "tokens": tokens,
-        "milliseconds_a_token": times,
-        "tokens_per_second": {name: 1e3 / time for name, time in times.items()},
+        "rows": rows,
         "environment": asdict(describe_environment()),
     }
+
+
+def race(files: Mapping[str, Path], ids: Sequence[int], tokens: int, threads: int) -> dict[str, Any]:
+    readers = {name: Reader(file, ids, threads) for name, file in files.items()}
+    for _ in range(tokens // TURN):
+        for reader in readers.values():
+            reader.read(TURN)
+    times = {name: median(reader.milliseconds) for name, reader in readers.items()}
+    per_second = {name: 1e3 / time for name, time in times.items()}
+    return {"milliseconds_a_token": times, "tokens_per_second": per_second}
 
 
 def main() -> int:
@@ -103,9 +111,10 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--task", default="prose", help="the corpus whose test split is read")
     parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of ONNX Runtime")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
-    rows = [measure(directory, options.task, options.tokens) for directory in options.checkpoints]
+    rows = [measure(directory, options.task, options.tokens, options.threads) for directory in options.checkpoints]
     text = json.dumps(rows, indent=1) + "\n"
     sys.stdout.write(text)
     if options.output:

@@ -26,6 +26,7 @@ from lte_compile.ort_library import build_ort_library, ort_library_path
 from lte_compile.passes.ir import FfnSite, Rejection
 from lte_compile.persistence import load_pretrained, save_pretrained
 from lte_compile.routing import Router, routers, set_stage
+from lte_compile.sensitivity import fit_routers_to_effects
 from lte_compile.tracing import RouterTrace, trace_routers
 from lte_compile.train_config import TrainConfig
 from lte_compile.training import train
@@ -81,6 +82,7 @@ __all__ = [
     "export_folder",
     "export_onnx",
     "fit_routers",
+    "fit_routers_to_effects",
     "graph",
     "inspect",
     "load_pretrained",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,24 @@ from lte_compile.tracing import RouterTrace, site_names, trace_routers
 
 Batch = Mapping[str, Any]
 SeeFfn = Callable[[Tensor, Tensor], None]
+Quantiles: TypeAlias = tuple[float, ...]  # of a router's scores, evenly spaced and rising
 
 # Tokens kept per site for co-activation grouping: ten per neuron of the 1,536 of a small model (docs/grouping.md).
 MAX_ACTIVATION_TOKENS = 16_384
 # MiniLM on TREC, target .14 for every layer: one round gives .087 over unseen questions (.139 in the first layer, .041
 # in the last) and 80.9 % before training; two give .145 and 84.6 %; a third and fitting layer by layer change nothing.
 FIT_ROUNDS = 2
-# Moving the thresholds shifts what later layers see; a second calibration at the new ones makes up for most of it.
-CALIBRATION_ROUNDS = 2
+# Moving the thresholds shifts what later layers see, so scores are measured again at the new ones, until the density is
+# there: two or three rounds near a density that was trained for, five far from it.
+CALIBRATION_ROUNDS = 8
+DENSITY_TOLERANCE = 0.005  # of the wish
 # Resolution of the calibrated score distribution: half a percent of density, well under its sampling noise.
 NUM_QUANTILES = 201
+# Of the interval in which a threshold is sought: to where float32 scores cannot tell any more.
+BISECTIONS = 64
+# Of one router and batch; what is left out are tokens. Sorting all scores of 8,192 tokens and 384 experts takes longer
+# than computing them.
+SORTED_SCORES = 2**20
 
 
 def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, rounds: int = FIT_ROUNDS) -> nn.Module:
@@ -127,7 +135,7 @@ def watch_ffns(model: nn.Module, batches: Iterable[Batch], watchers: Mapping[Ffn
 
     Padding is left out, and there are no gradients. Sites need places (`locate_sites`, or a transformed model's).
     """
-    with eval_mode(model), _watching(model, watchers):
+    with eval_mode(model), watching(model, watchers):
         for batch in _at_least_one(batches):
             model(**for_layers(model, batch))
 
@@ -142,7 +150,8 @@ def _at_least_one(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _watching(model: nn.Module, watchers: Mapping[FfnSite, SeeFfn]) -> Iterator[None]:
+def watching(model: nn.Module, watchers: Mapping[FfnSite, SeeFfn]) -> Iterator[None]:
+    """Show each watcher its FFN's inputs and hidden values while the model runs inside the block."""
     padding = PaddingReader(model)
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(padding, with_kwargs=True).remove)
@@ -181,28 +190,98 @@ def evaluate_routers(model: nn.Module, batches: Iterable[Batch]) -> RouterTrace:
     return trace
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, densities: Sequence[float] = ()) -> nn.Module:
     """Measure the routers' score distributions in the hard stage, so that `set_density` can serve any budget.
 
     Use held-out batches of the kind the model will see. The result is saved with the model. Returns the model.
+
+    Args:
+        densities: measure at these budgets, a few passes over the batches for each, instead of at the thresholds of
+            now alone: the further a threshold moves, the more the scores of later layers change.
     """
-    trace = evaluate_routers(model, batches)
+    if not densities:
+        _calibrate(model, batches)
+        return model
+    batches, found = list(batches), require_routers(model)
+    before = [router.threshold for router in found]
+    tables = []
+    for density in sorted(densities, reverse=True):  # their thresholds rise
+        threshold = place_thresholds(model, batches, density)
+        tables.append((threshold, [router.score_quantiles for router in found]))
+    for number, (router, threshold) in enumerate(zip(found, before, strict=True)):
+        router.threshold = threshold
+        router.score_quantiles = _joined([(tau, quantiles[number]) for tau, quantiles in tables])
+    return model
+
+
+def _joined(tables: Sequence[tuple[float, Quantiles]]) -> Quantiles:
+    """Quantiles of which each is as measured at a threshold near it; between two thresholds shares are mixed."""
+    taus, share, levels = sorted(set(chain.from_iterable(q for _, q in tables))), 1.0, [0.0]
+    for tau in taus[1:]:
+        share = min(share, _mixed_share(tables, tau))  # falls with tau, if not always in what was measured
+        levels.append(1 - share)
+    found = []
+    for index in range(NUM_QUANTILES):
+        wanted = levels[-1] * index / (NUM_QUANTILES - 1)
+        right = min(max(bisect_right(levels, wanted), 1), len(taus) - 1)
+        gap = levels[right] - levels[right - 1]
+        part = min((wanted - levels[right - 1]) / gap, 1.0) if gap else 0.0
+        found.append(taus[right - 1] + part * (taus[right] - taus[right - 1]))
+    return tuple(found)
+
+
+def _mixed_share(tables: Sequence[tuple[float, Quantiles]], tau: float) -> float:
+    """Share of scores above tau, by the tables of the thresholds to its left and right."""
+    right = min(max(bisect_right([threshold for threshold, _ in tables], tau), 1), len(tables) - 1)
+    (low, below), (high, above) = tables[max(right - 1, 0)], tables[right]
+    weight = min(max((tau - low) / (high - low), 0.0), 1.0) if high > low else 1.0
+    return (1 - weight) * _share_above(below, tau) + weight * _share_above(above, tau)
+
+
+def _calibrate(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """`calibrate`; returns the density at the thresholds of now."""
+    names = site_names(model)
+    kept: dict[Router, list[Tensor]] = {router: [] for router in names}
+    active = neurons = 0
+    for batch in _at_least_one(batches):
+        trace = evaluate_routers(model, [batch])
+        for router, name in names.items():
+            kept[router].append(_spread_over_tokens(trace.scores(name)))
+        now_active, now_neurons = map(sum, zip(*trace.neuron_counts().values(), strict=True))
+        active, neurons = active + now_active, neurons + now_neurons
     levels = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
-    for router, name in site_names(model).items():
-        scores = trace.scores(name).flatten().sort().values
+    for router, parts in kept.items():
+        scores = torch.cat(parts).sort().values
         positions = (levels.to(scores.device) * (len(scores) - 1)).round().long()
         router.score_quantiles = tuple(scores[positions].tolist())
-    return model
+    return active / neurons if neurons else float("nan")
+
+
+def _spread_over_tokens(scores_TE: Tensor) -> Tensor:
+    """The scores of all tokens, or of evenly spread ones if there are too many, in one row."""
+    return scores_TE[:: -(-scores_TE.numel() // SORTED_SCORES) or 1].flatten()
 
 
 def place_thresholds(
     model: nn.Module, batches: Sequence[Batch], density: float, *, rounds: int = CALIBRATION_ROUNDS
 ) -> float:
-    """`calibrate` and `set_density`, again and again, each time with the thresholds so far; returns the threshold."""
-    threshold = 0.0
+    """`calibrate` and `set_density`, again and again, each time at the thresholds so far; returns the threshold.
+
+    Ends when the density on these batches is within DENSITY_TOLERANCE of the wish, or after so many rounds.
+    """
+    calibrate(model, batches)
+    seen: dict[bool, tuple[float, float]] = {}  # by whether it was too dense, the last threshold and density
     for _ in range(rounds):
-        calibrate(model, batches)
         threshold = set_density(model, density)
+        if len(seen) == 2:  # between two that were measured is safer than what scores at one of them say
+            (left, high), (right, low) = seen[True], seen[False]
+            threshold = left + (high - density) / (high - low) * (right - left)
+            for router in require_routers(model):
+                router.threshold = threshold
+        measured = _calibrate(model, batches)
+        if abs(measured - density) <= DENSITY_TOLERANCE * density:
+            break
+        seen[measured > density] = threshold, measured
     return threshold
 
 
@@ -262,13 +341,14 @@ class _Budget:
     ceiling: float
 
     def threshold_for(self, density: float) -> float:
-        """The candidate score with density closest to, but not above, the wish."""
-        candidates = sorted({score for r in self.routers for score in r.score_quantiles})
-        low, high = 0, len(candidates) - 1
-        while low < high:  # density_at falls with tau
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.density_at(candidates[middle]) <= density else (middle + 1, high)
-        return 0.0 if density == 1.0 else candidates[low]
+        """The score with the density closest to, but not above, the wish."""
+        if density == 1.0:
+            return 0.0
+        low, high = 0.0, max(router.score_quantiles[-1] for router in self.routers)
+        for _ in range(BISECTIONS):  # density_at falls with tau
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.density_at(middle) <= density else (middle, high)
+        return high
 
     def density_at(self, tau: float) -> float:
         active = sum(self._share(r, tau) * r.site.hidden for r in self.routers)
@@ -277,13 +357,21 @@ class _Budget:
     def threshold_at(self, router: Router, tau: float) -> float:
         """tau, or the router's own where tau leaves its bounds."""
         share = self._share(router, tau)
-        if share == _share_above(router, tau):
+        if share == _share_above(router.score_quantiles, tau):
             return tau
-        return router.score_quantiles[min(round((1 - share) * NUM_QUANTILES), NUM_QUANTILES) - 1] if share < 1 else 0.0
+        position = (1 - share) * (NUM_QUANTILES - 1)
+        below = min(int(position), NUM_QUANTILES - 2)
+        left, right = router.score_quantiles[below : below + 2]
+        return left + (position - below) * (right - left) if share < 1 else 0.0
 
     def _share(self, router: Router, tau: float) -> float:
-        return min(max(_share_above(router, tau), self.floor), self.ceiling)
+        return min(max(_share_above(router.score_quantiles, tau), self.floor), self.ceiling)
 
 
-def _share_above(router: Router, tau: float) -> float:
-    return 1 - bisect_right(router.score_quantiles, tau) / NUM_QUANTILES
+def _share_above(found: Quantiles, tau: float) -> float:
+    """Share of a router's scores above tau, linear between the quantiles."""
+    count = bisect_right(found, tau)
+    if count in (0, len(found)):
+        return 1.0 - count / len(found)
+    left, right = found[count - 1 : count + 1]
+    return 1 - (count - 1 + (tau - left) / (right - left)) / (len(found) - 1)

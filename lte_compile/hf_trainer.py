@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
+from lte_compile.calibration import calibrate, evaluate_routers, set_density
 from lte_compile.config import Stage
 from lte_compile.layouts import set_layout
 from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.sensitivity import fit_to
 from lte_compile.tracing import trace_routers
 from lte_compile.train_config import Gates, TrainConfig
 from lte_compile.training import controller_of
@@ -35,6 +36,8 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if not held_out:
             raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
+        if lte.budget_range is not None:
+            raise ValueError("LteTrainer trains for one budget; lte_compile.train takes a budget_range")
         require_routers(self.model)
         self.lte = lte
         self.controller = controller_of(lte)
@@ -59,7 +62,7 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         """Fit the routers to the held-out batches, if the configuration says so; labels are not looked at."""
         if self.lte.fit_router:
             unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
-            fit_routers(self.model, unlabelled, self.lte.target_density)
+            fit_to(self.lte.fit_target, self.model, unlabelled, self.lte.target_density)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss, plus eta * L_eff + lambda * L_sep in stage 1."""
@@ -116,7 +119,7 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
             self.trainer.controller.measure(evaluate_routers(model, self.trainer.held_out).density())
         share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
         if in_stage1 and state.global_step >= share * state.max_steps:
-            if lte.eta is None:
+            if lte.is_steered:
                 calibrate(model, self.trainer.held_out)
                 set_density(model, lte.target_density)
             set_stage(model, Stage.HARD)

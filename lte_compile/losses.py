@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_compile.layer_distances import layer_distance, layer_outputs
+from lte_compile.modes import on_device
 from lte_compile.token_losses import NextTokens, deferred_loss, token_losses
 from lte_compile.tracing import trace_routers, unwrapped
 
@@ -26,13 +27,15 @@ Batch = Mapping[str, Tensor]
 class LossWeights:
     """eta and lambda of the paper, the distillation's share of the task loss, and the weight of the layers' distances.
 
-    All 0 is plain training. `watched` keeps weights of 0 in the computation, which then is the same for all weights.
+    All 0 is plain training. `temperature` softens teacher and model before they are compared (Hinton et al. 2015, arXiv
+    1503.02531). `watched` keeps weights of 0 in the computation, which then is the same for all weights.
     """
 
     efficiency: float | Tensor = 0.0
     separability: float | Tensor = 0.0
     distillation: float = 0.0
     layers: float = 0.0
+    temperature: float = 1.0
     watched: bool = False
 
     @property
@@ -48,7 +51,7 @@ class LossWeights:
 class MicroBatch:
     """A slice of a batch, and its share of the batch's labels, tokens and rows: weights that add up to 1.
 
-    `is_full`: its attention mask, if it has one, masks nothing.
+    `is_full`: its attention mask, if it has one, masks nothing. `shift_B`: see lte_compile.budgets.
     """
 
     inputs: dict[str, Tensor]
@@ -56,14 +59,23 @@ class MicroBatch:
     token_share: float
     row_share: float
     is_full: bool = False
+    shift_B: Tensor | None = None
 
     @property
     def is_unpadded(self) -> bool:
         """Whether what is computed does not depend on where padding is."""
         return self.is_full or "attention_mask" not in self.inputs
 
+    def moved_to(self, model: nn.Module) -> MicroBatch:
+        """The same on the model's device."""
+        tensors = dict(self.inputs) if self.shift_B is None else {**self.inputs, "shift_B": self.shift_B}
+        moved = on_device(model, tensors)
+        return replace(self, shift_B=moved.pop("shift_B", None), inputs=moved)
 
-def micro_batches(batch: Batch, count: int, *, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
+
+def micro_batches(
+    batch: Batch, count: int, *, rank: int = 0, processes: int = 1, shift_B: Tensor | None = None
+) -> Iterator[MicroBatch]:
     """Cut a batch along its first axis; the weighted losses of all processes' slices sum to the batch's.
 
     Yields the slices of process `rank`. All processes get as many slices; one that has no rows left for a slice gets
@@ -74,7 +86,8 @@ def micro_batches(batch: Batch, count: int, *, rank: int = 0, processes: int = 1
     for piece in shares[rank].tensor_split(min(count, len(shares[0]))):
         if not len(piece):
             idle = {name: value[:1] for name, value in batch.items()}
-            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0)
+            first = None if shift_B is None else shift_B[:1]
+            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0, shift_B=first)
             continue
         inputs = {name: value[piece] for name, value in batch.items()}
         mask = inputs.get("attention_mask")
@@ -85,6 +98,7 @@ def micro_batches(batch: Batch, count: int, *, rank: int = 0, processes: int = 1
             token_share=tokens_here / tokens,
             row_share=len(piece) / rows,
             is_full=mask is not None and tokens_here == mask.numel(),
+            shift_B=None if shift_B is None else shift_B[piece],
         )
 
 
@@ -117,9 +131,10 @@ def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teac
         out = model(**_arguments(model, part))
     target = None if taught is None else taught.logits
     if deferred.logits_BTC is None:
-        task, distance = _task_loss(out, part), None if target is None else _distillation(out.logits, target, part)
+        task = _task_loss(out, part)
+        distance = None if target is None else _distillation(out.logits, target, part, weights.temperature)
     else:
-        task, distance = _next_token_losses(deferred, target, part)
+        task, distance = _next_token_losses(deferred, target, part, weights.temperature)
     loss = task
     if distance is not None:
         loss = (1 - weights.distillation) * task + weights.distillation * distance
@@ -161,13 +176,20 @@ def _teach(teacher: nn.Module, part: MicroBatch, weights: LossWeights) -> _Taugh
     return _Taught(logits, layers)
 
 
-def _next_token_losses(found: NextTokens, taught: Tensor | None, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+def _next_token_losses(
+    found: NextTokens, taught: Tensor | None, part: MicroBatch, temperature: float
+) -> tuple[Tensor, Tensor | None]:
     """The slice's share of the task loss, and of the distance to the teacher."""
     assert found.logits_BTC is not None
     assert found.labels_BT is not None
     mask = part.inputs.get("attention_mask")
     counted = None if part.is_full else mask
-    entropy, distance = token_losses(found.logits_BTC, found.labels_BT, taught, counted)
+    if taught is None or temperature == 1.0:
+        entropy, distance = token_losses(found.logits_BTC, found.labels_BT, taught, counted)
+    else:
+        entropy, _ = token_losses(found.logits_BTC, found.labels_BT, None, counted)
+        softened = found.logits_BTC / temperature, found.labels_BT, taught / temperature, counted
+        distance = token_losses(*softened)[1] * temperature**2
     share = part.row_share if mask is None else part.token_share
     return entropy * part.label_share, None if taught is None else distance * share
 
@@ -182,12 +204,15 @@ def _task_loss(out: Any, part: MicroBatch) -> Tensor:
     return loss
 
 
-def _distillation(logits: Tensor, target: Tensor, part: MicroBatch) -> Tensor:
-    """The slice's share of KL(teacher || model) in nats, a mean over sequences, or over tokens for [B, T, C] logits."""
+def _distillation(logits: Tensor, target: Tensor, part: MicroBatch, temperature: float) -> Tensor:
+    """The slice's share of KL(teacher || model) in nats, a mean over sequences, or over tokens for [B, T, C] logits.
+
+    Of softened distributions times the temperature squared, so that gradients keep their size.
+    """
     precise = torch.promote_types(logits.dtype, torch.float32)
-    learned, taught = logits.to(precise).log_softmax(-1), target.to(precise).log_softmax(-1)
+    learned, taught = ((z.to(precise) / temperature).log_softmax(-1) for z in (logits, target))
     kl = F.kl_div(learned, taught, log_target=True, reduction="none")
-    per_position = kl.sum(-1)
+    per_position = kl.sum(-1) * temperature**2
     mask = part.inputs.get("attention_mask")
     if mask is None or mask.shape != per_position.shape:
         return per_position.mean() * part.row_share

@@ -28,6 +28,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def dropout_of(model: nn.Module, rate: float | None) -> Iterator[None]:
+    """Every dropout layer with this rate inside the block; None leaves what they have."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)] if rate is not None else []
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = float(rate or 0.0)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.p = old
+
+
+@contextmanager
 def in_stage(model: nn.Module, stage: Stage) -> Iterator[None]:
     """Every routed FFN in `stage` inside the block."""
     before = [(r, r.stage, r.rule, r.weight.requires_grad) for r in require_routers(model)]

@@ -45,20 +45,28 @@ class PaddingReader:
 
 
 def drop_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[tokens that count, C] out of [..., C]. A mask that does not line up counts all of them, with a warning."""
-    flat_TC = values.reshape(-1, values.shape[-1])
+    """[tokens that count, C] out of [..., C]."""
+    flat_TC, counted_T = values.reshape(-1, values.shape[-1]), counted_tokens(values, mask)
+    return flat_TC if counted_T is None else flat_TC[counted_T]
+
+
+def counted_tokens(values: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which of the tokens of [..., C] values count, bool [tokens]; None if all do.
+
+    A mask that does not line up counts all of them, with a warning.
+    """
     if mask is None:
-        return flat_TC
+        return None
     if values.dim() == 3 and mask.shape[1] > values.shape[1]:  # a KV cache: the mask covers past tokens too
         mask = mask[:, -values.shape[1] :]
-    if mask.numel() != flat_TC.shape[0]:
+    if mask.numel() != values.shape[:-1].numel():
         warnings.warn(
             f"the attention mask {tuple(mask.shape)} does not line up with values {tuple(values.shape)}; "
             "all tokens are counted. Pass mask= to say which count.",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return flat_TC
-    return flat_TC[mask.reshape(-1).bool().to(flat_TC.device)]
+        return None
+    return mask.reshape(-1).bool().to(values.device)
 
 
 def _two_dimensional(mask: Any) -> Tensor | None:

@@ -36,6 +36,9 @@ class RouterFit(Protocol):
     def solve(self, target_density: float, *, threshold: float = 0.5) -> tuple[Tensor, ...]:
         """Weights, for `Router.load_initial`, with `target_density` of the scores seen above `threshold`."""
 
+    def predicted(self) -> Tensor:
+        """What the fit says of sampled tokens, [N, E]: log energies."""
+
 
 def centroid_router(
     weights_FD: Tensor,
@@ -173,15 +176,22 @@ class RidgeRouterFit:
         if self._tokens == 0:
             raise ValueError("nothing to fit yet: call update(x, hidden) with at least one token before solve()")
         slope_ED, offset_E = self._regression()
-        sample_ND = self._sample_ND[: self._tokens].double()
-        predicted_NE = sample_ND @ slope_ED.T + offset_E
-        cut, spread = _cut_at_density(predicted_NE, target_density), predicted_NE.std(correction=0)
+        predicted_NE = self._sample() @ slope_ED.T + offset_E
+        cut, spread = cut_at_density(predicted_NE, target_density), predicted_NE.std(correction=0)
         noise = 1e-9 * (1 + offset_E.abs().max())
         if spread <= noise:
             always = torch.full_like(offset_E, _logit(threshold) + logit_std)
             return torch.zeros_like(slope_ED).float(), always.float()
         gain = logit_std / spread
         return (gain * slope_ED).float(), (gain * (offset_E - cut) + _logit(threshold)).float()
+
+    @torch.no_grad()
+    def predicted(self) -> Tensor:
+        slope_ED, offset_E = self._regression()
+        return self._sample() @ slope_ED.T + offset_E
+
+    def _sample(self) -> Tensor:
+        return self._sample_ND[: self._tokens].double()
 
     def _log_energy(self, hidden_TF: Tensor) -> Tensor:
         energy_TE = group_energy(hidden_TF, self._down_norms_F, self._expert_size)
@@ -215,7 +225,7 @@ class RidgeRouterFit:
         return slope_ED, mean_y_E - slope_ED @ mean_x_D
 
 
-def _cut_at_density(values_NE: Tensor, density: float) -> Tensor:
+def cut_at_density(values_NE: Tensor, density: float) -> Tensor:
     """Halfway between the last value that is to pass and the first that is not."""
     ordered = values_NE.flatten().sort(descending=True).values
     passing = min(max(round(density * len(ordered)), 1), len(ordered))

@@ -54,10 +54,13 @@ class Router(nn.Module):
         self._score_quantiles: tuple[float, ...] = ()
         self.threshold = config.threshold
         self.sink: ScoreSink | None = None
+        self.shift_B: Tensor | None = None  # see lte_compile.budgets
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Gates of shape [T, E] for inputs [T, D] (any leading dimensions)."""
         scores_TE = self.scores(x_TD)
+        if self.shift_B is not None:
+            scores_TE = lowered(scores_TE, self.shift_B)
         if recomputing():
             scores_TE = rejoin_losses(self, scores_TE)
         elif self.sink is not None:
@@ -148,6 +151,22 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         shape = f"{self.site.width} -> {self.num_experts} experts of {self.config.expert_size}"
         return f"{shape}, stage={self.stage.value}, rule={self.rule}, threshold={self.threshold:g}"
+
+
+def lowered(scores_TE: Tensor, shift_B: Tensor) -> Tensor:
+    """Scores of logits lower by shift_B[b] in row b, whose tokens are one b-th of the first axis.
+
+    sigmoid(z - c) = s / (s + (1 - s) e^c) for s = sigmoid(z), without logits that saturated scores do not have.
+
+    Raises:
+        ValueError: the first axis is none of rows.
+    """
+    tokens, rows = scores_TE.shape[0], len(shift_B)
+    if tokens % rows:
+        raise ValueError(f"a density for each of {rows} rows needs FFN inputs with rows first; got {tokens} tokens")
+    odds_B = shift_B.to(scores_TE.dtype).exp()
+    odds_T = odds_B[:, None].expand(rows, tokens // rows).reshape(tokens, *[1] * (scores_TE.dim() - 1))
+    return scores_TE / (scores_TE + (1 - scores_TE) * odds_T)
 
 
 def routers(model: nn.Module) -> Iterator[Router]:

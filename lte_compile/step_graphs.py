@@ -3,6 +3,8 @@
 A small model's kernels take a few microseconds each, less than the host needs to launch them one by one. Steps of one
 shape are the same kernels on the same memory, so after a few of them the next one is recorded, and from then on played
 back: inputs and loss weights are copied to where the recording reads them, gradients appear where it wrote them.
+Texts come in many lengths; padded to a few of them (`length_multiple` of lte_compile.data.batches) there is a recording
+for each, which computes with any mask.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from lte_compile.losses import LossWeights, MicroBatch
 Objective: TypeAlias = Callable[[MicroBatch, LossWeights], Tensor]
 # Steps of one shape before recording: one runs eagerly, one compiles, one meets all that is set up on first use.
 STEPS_BEFORE = 3
+# Recordings at most; each holds a step's memory of its own. Texts of up to 128 tokens have eight lengths.
+MOST = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class _Recording:
     def play(self, part: MicroBatch, weights: LossWeights) -> Tensor:
         for name, value in part.inputs.items():
             self.part.inputs[name].copy_(value, non_blocking=True)
+        if self.part.shift_B is not None and part.shift_B is not None:
+            self.part.shift_B.copy_(part.shift_B, non_blocking=True)
         for fixed, wanted in zip(_changing(self.weights), _changing(weights), strict=True):
             if isinstance(fixed, Tensor):
                 fixed.fill_(wanted)
@@ -50,24 +56,31 @@ class StepGraph:
         self._model = model
         self._objective = objective
         self._seen: Counter[Hashable] = Counter()
-        self._recorded: Hashable = None
-        self._recording: _Recording | None = None
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._is_possible = True
+        self._has_padding = False
 
     def backward(self, part: MicroBatch, weights: LossWeights) -> Tensor | None:
         """The loss, after its backward pass. Gradients must be None before it, and are only good until the next."""
+        part = self._like_the_padded(part)
         shape = _shape_of(part)
         self._seen[shape] += 1
-        if self._recorded is None and self._seen[shape] > STEPS_BEFORE and part.is_unpadded:
-            self._recorded = shape
-            self._recording = self._record(part, weights)
-        if self._recording is None or shape != self._recorded:
-            return None
-        return self._recording.play(part, weights)
+        is_due = shape not in self._recordings and self._seen[shape] > STEPS_BEFORE
+        if is_due and self._is_possible and len(self._recordings) < MOST:
+            self._record(shape, part, weights)
+        recording = self._recordings.get(shape)
+        return None if recording is None else recording.play(part, weights)
 
-    def _record(self, part: MicroBatch, weights: LossWeights) -> _Recording | None:
+    def _like_the_padded(self, part: MicroBatch) -> MicroBatch:
+        """Where some batches have padding, those that happen to have none need no recording of their own."""
+        self._has_padding |= not part.is_unpadded
+        return replace(part, is_full=False) if self._has_padding else part
+
+    def _record(self, shape: Hashable, part: MicroBatch, weights: LossWeights) -> None:
         device = next(self._model.parameters()).device
         inputs = {name: value.to(device, copy=True) for name, value in part.inputs.items()}
-        fixed = replace(part, inputs=inputs), _on_device(weights, device)
+        shift_B = None if part.shift_B is None else part.shift_B.to(device, copy=True)
+        fixed = replace(part, inputs=inputs, shift_B=shift_B), _on_device(weights, device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -75,18 +88,19 @@ class StepGraph:
                 loss.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             self._model.zero_grad(set_to_none=True)
+            self._is_possible = False
             warnings.warn(
                 f"steps are launched kernel by kernel, which is slower: no CUDA graph ({error})", stacklevel=2
             )
-            return None
+            return
         gradients = tuple((p, p.grad) for p in self._model.parameters() if p.grad is not None)
-        return _Recording(graph, *fixed, loss.detach(), gradients)
+        self._recordings[shape] = _Recording(graph, *fixed, loss.detach(), gradients)
 
 
 def _shape_of(part: MicroBatch) -> Hashable:
     """What a recording has in it and cannot change."""
     shapes = tuple((name, value.shape) for name, value in part.inputs.items())
-    return shapes, part.label_share, part.token_share, part.row_share, part.is_full
+    return shapes, part.label_share, part.token_share, part.row_share, part.is_full, part.shift_B is None
 
 
 def _changing(weights: LossWeights) -> tuple[float | Tensor, float | Tensor]:

@@ -47,7 +47,7 @@ class TaskSize:
     Args:
         batch_size: texts or windows.
         max_length: tokens a text is cut to (classification).
-        window: tokens of a window (language model), or of a prompt with its completion (generation).
+        window: tokens of a window (language model), or at most of a prompt with its completion (generation).
         test_examples: at most so many texts or windows of the test split; 0 takes all.
     """
 
@@ -68,8 +68,16 @@ DEFAULT_SIZES: Mapping[TaskKind, TaskSize] = {
     TaskKind.LANGUAGE_MODEL: TaskSize(batch_size=8, test_examples=64),
     TaskKind.GENERATION: TaskSize(batch_size=8, test_examples=256),
 }
-# Prompts that are continued together: a token costs a GPU as much for 64 as for 8, and their caches are small.
-GENERATED_AT_ONCE = 64
+# Lengths of training texts with `few_lengths`: four of them up to 64 tokens, each with a CUDA graph of its own.
+LENGTH_MULTIPLE = 16
+# Prompts that are continued together: a token costs a GPU as much for 128 as for 8, and their caches are small.
+GENERATED_AT_ONCE = 128
+# Texts that are measured together, at least: a GPU takes as long for a few short ones.
+MEASURED_AT_ONCE: Mapping[TaskKind, int] = {
+    TaskKind.CLASSIFICATION: 128,
+    TaskKind.LANGUAGE_MODEL: 1,
+    TaskKind.GENERATION: 16,
+}
 _METRICS: Mapping[TaskKind, Metric] = {
     TaskKind.CLASSIFICATION: Metric.ACCURACY,
     TaskKind.LANGUAGE_MODEL: Metric.PERPLEXITY,
@@ -112,8 +120,8 @@ class EncodedTask:
         score = mean_rouge_l(model, self.tokenizer, examples, batch_size=at_once)
         return replace(measured, rouge_l=score)
 
-    def training_batches(self, seed: int) -> TextBatches:
-        """Endless batches of the training split."""
+    def training_batches(self, seed: int, *, few_lengths: bool = False) -> TextBatches:
+        """Endless batches of the training split; with `few_lengths` labelled texts are padded to multiples of 16."""
         if isinstance(self.task, LabelledTask):
             return classification_batches(
                 self.task.train,
@@ -121,6 +129,7 @@ class EncodedTask:
                 batch_size=self.size.batch_size,
                 max_length=self.size.max_length,
                 seed=seed,
+                length_multiple=LENGTH_MULTIPLE if few_lengths else 1,
             )
         size, window = self.size.batch_size, self.size.window
         if isinstance(self.task, Pairs):
@@ -140,7 +149,8 @@ class EncodedTask:
 
     def test_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Each example once."""
-        yield from evaluation_batches(examples, self.tokenizer, batch_size=self.size.batch_size)
+        size = max(self.size.batch_size, MEASURED_AT_ONCE[self.kind])
+        yield from evaluation_batches(examples, self.tokenizer, batch_size=size)
 
     def _some(self, examples: Sequence[Example], count: int) -> tuple[Example, ...]:
         """Documents follow each other: the first windows of a split would be one or two authors'."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lte_compile.padding import PaddingMasks, PaddingReader, drop_padding
+from lte_compile.padding import PaddingMasks, PaddingReader, counted_tokens, drop_padding
 from lte_compile.passes.ir import FfnSite
 from lte_compile.recomputation import as_leaf
 from lte_compile.routing import Router, require_routers
@@ -71,9 +71,22 @@ class RouterTrace:
         return sum(record.scores_TE.numel() for record in self._counted(None))
 
     def efficiency_loss(self, site: str | None = None) -> Tensor:
-        """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one."""
-        counted = self._counted(site)
-        return _pooled_mean([record.scores_TE.square().sum() for record in counted], counted)
+        """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one.
+
+        Padding is multiplied away rather than left out: what is computed has the same shape for any mask, so a CUDA
+        graph of it serves all batches of a length.
+        """
+        sums, counts = zip(*[self._squares(record) for record in self._records_of(site)], strict=True)
+        return torch.stack(sums).sum() / torch.stack(counts).sum().clamp(min=1)
+
+    def _squares(self, record: RouterRecord) -> tuple[Tensor, Tensor]:
+        """Sum of a record's squared scores over the tokens that count, and how many scores these are."""
+        scores_TE = record.scores_TE.reshape(-1, record.scores_TE.shape[-1])
+        counted_T = counted_tokens(record.scores_TE, self._padding.mask_of(record.router, record.masks))
+        if counted_T is None:
+            return scores_TE.square().sum(), scores_TE.new_full((), scores_TE.numel())
+        weights_T = counted_T.to(scores_TE.dtype)
+        return (scores_TE.square().sum(-1) * weights_T).sum(), weights_T.sum() * scores_TE.shape[-1]
 
     def separability_loss(self, site: str | None = None, *, eps: float = SEPARABILITY_EPS) -> Tensor:
         """L_sep: mean of 1 / ((score - tau)^2 + eps), the paper's term (section 4.2) bounded by `eps`."""
@@ -108,13 +121,17 @@ class RouterTrace:
         """Scores [tokens, E] of one site over non-padding tokens, calls joined in order."""
         return torch.cat([record.scores_TE for record in self._counted(site)])
 
-    def _counted(self, site: str | None) -> list[RouterRecord]:
-        """The records of all sites or of one, padding dropped: scores [tokens, E]."""
+    def _records_of(self, site: str | None) -> list[RouterRecord]:
+        """The records of all sites or of one."""
         if not self._records:
             raise RuntimeError("no router ran inside trace_routers: run the transformed model inside the with block")
         if site is not None and site not in self.sites:
             raise ValueError(f"no site named {site!r} ran; those that did: {', '.join(self.sites)}")
-        chosen = [record for record in self._records if site in (None, self._names[record.router])]
+        return [record for record in self._records if site in (None, self._names[record.router])]
+
+    def _counted(self, site: str | None) -> list[RouterRecord]:
+        """The same, padding dropped: scores [tokens, E]."""
+        chosen = self._records_of(site)
         masks = [self._padding.mask_of(record.router, record.masks) for record in chosen]
         return [r._replace(scores_TE=drop_padding(r.scores_TE, mask)) for r, mask in zip(chosen, masks, strict=True)]
 

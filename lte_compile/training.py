@@ -11,7 +11,7 @@ by torchrun or accelerate launch, all processes call it with the same arguments 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, logit_shift, set_density
+from lte_compile.budgets import Budgets, budgets_of, lower_logits, lowering_ends
+from lte_compile.calibration import calibrate, set_density
 from lte_compile.checkpointing import (
     latest_checkpoint,
     load_weights,
@@ -36,8 +37,10 @@ from lte_compile.distributed import Processes, Replica, join, require_plain
 from lte_compile.layer_compilation import Accelerated
 from lte_compile.layouts import set_layout
 from lte_compile.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
-from lte_compile.modes import on_device
+from lte_compile.modes import dropout_of
 from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.sensitivity import fit_to
+from lte_compile.steering import HeldOut
 from lte_compile.step_graphs import StepGraph
 from lte_compile.train_config import Phase, TrainConfig, lte_phases
 
@@ -86,9 +89,18 @@ class _Run:
     teacher: nn.Module | None
     directory: Path | None
     controller: DensityController
+    budgets: Budgets | None
     events: list[StepEvent]
     on_step: OnStep
     processes: Processes
+
+    @property
+    def steering(self) -> HeldOut:
+        return HeldOut(batches=self.held_out, processes=self.processes, autocast=self.config.autocast)
+
+    def draws_budgets(self, phase: Phase) -> bool:
+        """Whether rows have densities of their own: where routers are LTE's and held-out batches tell the densities."""
+        return self.budgets is not None and phase.stage is not None and bool(self.held_out)
 
 
 def train(
@@ -130,6 +142,7 @@ def train(
         teacher=teacher.eval() if teacher else None,
         directory=directory,
         controller=controller_of(config),
+        budgets=budgets_of(config),
         events=[],
         on_step=on_step if processes.is_first else lambda event: None,
         processes=processes,
@@ -140,11 +153,12 @@ def train(
     if not checkpoint:
         torch.manual_seed(config.seed)
         processes.reseed(config.seed, 0)
-    for index in range(first_phase, len(phases)):
-        resumed = checkpoint if index == first_phase else None
-        _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
+    with dropout_of(model, config.dropout):
+        for index in range(first_phase, len(phases)):
+            resumed = checkpoint if index == first_phase else None
+            _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
     if any(phase.trains_routers for phase in phases):
-        calibrate(model, held_out)
+        calibrate(model, held_out, densities=run.budgets.nodes if run.budgets else ())
         processes.agree(model)
     if phases and phases[-1].stage is Stage.HARD:
         set_layout(model, "neuron_major")
@@ -215,14 +229,16 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
         model.train()
         return
     if fresh and phase.trains_routers and config.fit_router:
-        fit_routers(model, peek_batches(run.batches, FIT_BATCHES), config.target_density)
-    steered = config.eta is None and phase.selection is None and bool(run.held_out)
+        fit_to(config.fit_target, model, peek_batches(run.batches, FIT_BATCHES), config.density_after(0.0))
+    steered = config.is_steered and phase.selection is None and bool(run.held_out)
     if fresh and phase.stage is Stage.HARD and steered:
         calibrate(model, run.held_out)
         set_density(model, config.target_density)
     if fresh:
         run.processes.agree(model)
     set_stage(model, phase.stage, selection=phase.selection)
+    if fresh and run.budgets and run.draws_budgets(phase):
+        run.steering.follow_all(model, run.budgets)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
@@ -278,13 +294,14 @@ def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, steps: int)
 def _step_graph(run: _Run, replica: Replica) -> StepGraph | None:
     """Where a step is one backward pass of one process on a CUDA device."""
     is_one = run.processes.size == 1 and run.config.accumulation == 1
-    if not run.config.compile or not is_one or next(replica.model.parameters()).device.type != "cuda":
+    if not run.config.records_steps or not is_one or next(replica.model.parameters()).device.type != "cuda":
         return None
     return StepGraph(replica.model, lambda part, weights: _objective(run, replica.model, part, weights))
 
 
 def _objective(run: _Run, model: nn.Module, part: MicroBatch, weights: LossWeights) -> Tensor:
     device = next(model.parameters()).device
+    lower_logits(model, part.shift_B)  # until the step is over: its backward pass may run layers again
     with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
         return weighted_loss(model, part, weights, run.teacher)
 
@@ -304,10 +321,12 @@ def _step(
     total = torch.zeros((), device=next(model.parameters()).device)
     # Cut where the batch is, usually the host: counting its tokens on a GPU would wait for all that runs there.
     batch = run.batches.next_batch()
-    parts = list(micro_batches(batch, config.accumulation, rank=processes.rank, processes=processes.size))
-    with accelerated.step(_fixed_shape(parts)):
+    shift_B = _drawn_shifts(run, phase, batch, step)
+    rank, size = processes.rank, processes.size
+    parts = list(micro_batches(batch, config.accumulation, rank=rank, processes=size, shift_B=shift_B))
+    with accelerated.step(_fixed_shape(parts)), lowering_ends(model):
         for number, part in enumerate(parts, start=1):
-            moved = replace(part, inputs=on_device(model, part.inputs))
+            moved = part.moved_to(model)
             loss = None if graph is None else graph.backward(moved, weights)
             if loss is None:
                 is_last = number == len(parts)
@@ -318,6 +337,14 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _drawn_shifts(run: _Run, phase: Phase, batch: Batch, step: int) -> Tensor | None:
+    """What each row's logits are lowered by, on the host; None where all run at one density."""
+    if run.budgets is None or not run.draws_budgets(phase):
+        return None
+    rows = len(next(iter(batch.values())))
+    return run.budgets.shifts_of(rows, seed=run.config.seed, step=f"{phase.name}/{step}")
 
 
 def _fixed_shape(parts: Sequence[MicroBatch]) -> Hashable:
@@ -331,7 +358,7 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
     distillation = run.config.distillation if run.teacher is not None else 0.0
     layers = run.config.layer_distillation if run.teacher is not None else 0.0
     if not phase.trains_routers:
-        return LossWeights(distillation=distillation, layers=layers)
+        return LossWeights(distillation=distillation, layers=layers, temperature=run.config.temperature)
     ramp = (step + 1) / phase.steps
     eta = run.controller.eta
     separability = run.config.separability * ramp
@@ -340,7 +367,8 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
         separability=separability,
         distillation=distillation,
         layers=layers,
-        watched=run.config.compile,
+        temperature=run.config.temperature,
+        watched=run.config.records_steps,
     )
 
 
@@ -349,8 +377,12 @@ def _report(run: _Run, phase: Phase, model: nn.Module, step: int, total: Tensor)
     if not isfinite(loss):
         raise FloatingPointError(f"the loss became {loss} in {phase.name}, step {step + 1}; lower the rates")
     if _measures(run, phase, step):
+        if phase.trains_routers:
+            run.controller.target = run.config.density_after((step + 1) / phase.steps)
         holds = phase.trains_routers and run.config.hold_density
-        density = _hold_density(model, run) if holds else _held_out_density(model, run)
+        density = run.steering.hold(model, run.controller.target) if holds else run.steering.density(model)
+        if run.budgets and run.draws_budgets(phase):
+            run.steering.follow(model, run.budgets, (step + 1) // _interval(run, phase))
         run.controller.latest = density
         if phase.trains_routers:
             run.controller.measure(density)
@@ -366,45 +398,15 @@ def _report(run: _Run, phase: Phase, model: nn.Module, step: int, total: Tensor)
     run.on_step(event)
 
 
-def _held_out_density(model: nn.Module, run: _Run) -> float:
-    """Share of active neurons over all batches, each measured by one process."""
-    batches, processes = run.held_out, run.processes
-    counted = torch.zeros(2, dtype=torch.int64)  # active neurons, and all
-    device = next(model.parameters()).device
-    for first in range(0, len(batches), processes.size):
-        index = first + processes.rank
-        is_mine = index < len(batches)  # else the model is run with the others all the same: its shards are needed
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
-            trace = evaluate_routers(model, [batches[index if is_mine else 0]])
-        if is_mine:
-            counted += torch.tensor(list(trace.neuron_counts().values())).sum(0)
-    active, neurons = processes.total(counted).tolist()
-    return active / neurons if neurons else float("nan")
-
-
-@torch.no_grad()
-def _hold_density(model: nn.Module, run: _Run) -> float:
-    """Bring the held-out density to its target by the routers' biases; returns what it was before.
-
-    Not by thresholds: scores would wander off to where the sigmoid passes no gradient.
-    """
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
-        measured = torch.tensor(logit_shift(model, run.held_out, run.config.target_density))
-    shift, density = (run.processes.total(measured) / run.processes.size).tolist()  # the same in all processes
-    for router in routers(model):
-        if router.bias is not None:
-            router.bias.sub_(shift)
-        router.score_quantiles = ()  # of before the shift
-    return float(density)
-
-
 def _measures(run: _Run, phase: Phase, step: int) -> bool:
-    """Often while routers train, to steer; rarely in stage 2, to show."""
     if phase.stage is None or not run.held_out:
         return False
-    every = run.config.measure_every if phase.trains_routers else _REST * run.config.measure_every
-    return (step + 1) % every == 0 or step + 1 == phase.steps
+    return (step + 1) % _interval(run, phase) == 0 or step + 1 == phase.steps
+
+
+def _interval(run: _Run, phase: Phase) -> int:
+    """Steps between measurements: few while routers train, to steer; many in stage 2, to show."""
+    return run.config.measure_every * (1 if phase.trains_routers else _REST)
 
 
 def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
@@ -413,6 +415,7 @@ def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
         "step": step,
         "batches": dict(run.batches.state_dict()),
         "controller": run.controller.state_dict(),
+        "budget_shifts": run.budgets.shifts if run.budgets else [],
         "thresholds": [router.threshold for router in routers(run.model)],
         "quantiles": [router.score_quantiles for router in routers(run.model)],
         "events": [asdict(event) for event in run.events],
@@ -425,6 +428,8 @@ def _resume(run: _Run, checkpoint: Path) -> tuple[int, int]:
     load_weights(checkpoint, run.model)
     run.batches.load_state_dict(progress["batches"])
     run.controller.load_state_dict(progress["controller"])
+    if run.budgets and progress.get("budget_shifts"):
+        run.budgets.shifts[:] = progress["budget_shifts"]
     for router, threshold, quantiles in zip(
         routers(run.model), progress["thresholds"], progress["quantiles"], strict=True
     ):

@@ -83,6 +83,10 @@ class TwoLayerFit:
         assert self._features is not None  # the ridge has seen a token
         return weight, bias_E, self._features.weight_RD, self._features.bias_R
 
+    def predicted(self) -> Tensor:
+        """As `RidgeRouterFit.predicted`."""
+        return self._ridge.predicted()
+
     def _choose(self, x_TD: Tensor, hidden_TF: Tensor) -> Features:
         """Scaled to the spread of x, so that one ridge penalty suits both."""
         energy_F = (hidden_TF.to(self._up_FD) * self._down_norms_F).square().mean(0)

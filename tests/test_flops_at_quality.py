@@ -33,3 +33,9 @@ def test_a_perplexity_is_the_better_the_smaller_and_the_rest_of_the_model_counts
     assert lines[2] == "| dense | 4.000 | 5.000 | |"
     assert lines[3] == "| lte | 2.000 | 3.000 | 1.67 x |"
     assert lines[4] == "| bad | 3.500 | 4.500 | 1.11 x |"
+
+
+def test_where_the_lowest_point_is_good_enough_the_least_is_a_bound() -> None:
+    rows = [_row("dense", 4e9, 0.5), _row("lte", 2e9, 0.49), _row("lte", 1e9, 0.48)]
+    lines = table({"metric": "ROUGE-L", "rows": rows}, 0.05, 500_000_000).splitlines()
+    assert lines[3] == "| lte | at most 1.000 | at most 2.000 | 2.50 x |"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.data.batches import Example, collate, encode_pairs
+from lte_compile.data.batches import Example, collate, encode_pairs, pack
 from lte_compile.data.tasks import Pairs
 from lte_compile.generation import mean_rouge_l
 from lte_compile.tasks_api import EncodedTask, TaskKind, TaskSize, open_task
@@ -55,6 +55,35 @@ def test_only_completions_are_learned() -> None:
     batch = collate(encode_pairs([("3 4", "5 6"), ("7", "8")], Words()), pad_token_id=0)
     assert batch["labels"].tolist() == [[-100, -100, 5, 6, 2], [-100, 8, 2, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+
+
+def pair(first: int, prompt: int, completion: int) -> Example:
+    return Example(tuple(range(first, first + prompt + completion)), unscored=prompt)
+
+
+def test_pairs_fill_windows_and_each_is_learned_whole() -> None:
+    pairs = [pair(10, 3, 2), pair(20, 1, 2), pair(30, 2, 2), pair(40, 4, 1), pair(50, 1, 1)]
+    labels = collate(pack(pairs, 9), pad_token_id=0)["labels"]
+    assert labels.shape[1] == 9
+    learned = [[token for token in row if token != -100] for row in labels.tolist()]
+    assert learned == [[13, 14, 21, 22], [32, 33, 44], [51, 13, 14]]  # the last window goes on with the first pair
+
+
+def test_a_pair_that_is_cut_is_read_up_to_the_cut() -> None:
+    first, *_ = pack([pair(10, 3, 2), pair(20, 1, 5), pair(30, 2, 2)], 8)
+    assert first.tokens == (10, 11, 12, 13, 14, 20, 21, 22)
+    assert collate([first], 0)["labels"][0].tolist() == [-100, -100, -100, 13, 14, -100, -100, -100]
+
+
+def test_few_pairs_make_one_short_window() -> None:
+    [window] = pack([pair(10, 3, 2), pair(20, 1, 2)], 20)
+    assert len(window.tokens) == 8
+    assert set(collate([window], 0)["labels"][0].tolist()) == {-100, 13, 14, 21, 22}
+
+
+def test_a_pair_longer_than_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="a pair of 5 tokens does not fit into a window of 4"):
+        pack([pair(10, 3, 2)], 4)
 
 
 def test_scores_are_those_of_each_prompt() -> None:

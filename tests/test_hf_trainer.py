@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,6 @@ def test_held_out_data_is_needed(tmp_path: Path) -> None:
     lte = TrainConfig(target_density=0.5, stage1_steps=1, stage2_steps=1)
     with pytest.raises(ValueError, match="held_out is empty"):
         LteTrainer(model=model, args=arguments, train_dataset=_examples(), lte=lte, held_out=[])
+    ranged = replace(lte, budget_range=(0.2, 0.6))
+    with pytest.raises(ValueError, match="LteTrainer trains for one budget"):
+        LteTrainer(model=model, args=arguments, train_dataset=_examples(), lte=ranged, held_out=[{}])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lte_compile import layer_compilation
+from lte_compile.budgets import lower_logits
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import Example, TextBatches
 from lte_compile.layer_compilation import Accelerated, repeated_layers
@@ -79,6 +80,27 @@ def test_losses_and_gradients_are_those_of_eager_training(family: str, rule: str
     assert gradients.keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_at_densities_of_their_own_are_compiled_once(counter: CompileCounterWithBackend) -> None:
+    model, inputs = deep_llama()
+    set_stage(model, "soft", selection="straight_through")
+    rows, losses = len(inputs["input_ids"]), {}
+    for compiled in (False, True):
+        accelerated = Accelerated(model, None, enabled=compiled)
+        for step in range(3):
+            shift_B = torch.linspace(-1.0, 1.0 + step, rows)
+            [part] = micro_batches(_batch(inputs), 1, shift_B=shift_B)
+            lower_logits(model, part.shift_B)
+            with second_step(accelerated):
+                loss = weighted_loss(model, part, WEIGHTS, None)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[compiled, step] = float(loss.detach())
+    lower_logits(model, None)
+    for step in range(3):
+        assert losses[True, step] == pytest.approx(losses[False, step], rel=1e-6)
+    assert len({losses[False, step] for step in range(3)}) == 3
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("stage", ["soft", "hard"])

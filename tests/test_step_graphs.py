@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_compile.losses import LossWeights, MicroBatch
-from lte_compile.step_graphs import STEPS_BEFORE, StepGraph
+from lte_compile.step_graphs import MOST, STEPS_BEFORE, StepGraph
 
 WEIGHTS = LossWeights(efficiency=0.5, watched=True)
 
@@ -80,16 +80,37 @@ def test_a_recording_gets_each_steps_inputs_and_weights() -> None:
     assert objective.model.weight.grad is not None
 
 
-def test_other_shapes_and_padding_are_not_played(recorder: Recorder) -> None:
+def test_every_shape_has_a_recording_of_its_own(recorder: Recorder) -> None:
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    for _ in range(STEPS_BEFORE + 3):
-        assert steps.backward(_part(padded=True), WEIGHTS) is None
-    for _ in range(STEPS_BEFORE + 1):
-        steps.backward(_part(), WEIGHTS)
-    assert recorder.played == 1
+    for rows in (2, 3):
+        for _ in range(STEPS_BEFORE):
+            assert steps.backward(_part(rows), WEIGHTS) is None
+        assert steps.backward(_part(rows), WEIGHTS) is not None
+    assert len(objective.calls) == 2
+    played = recorder.played
+    assert all(steps.backward(_part(rows), WEIGHTS) is not None for rows in (2, 3, 2))
+    assert recorder.played == played + 3
     assert steps.backward(_part(1), WEIGHTS) is None
-    assert steps.backward(_part(padded=True), WEIGHTS) is None
+
+
+def test_no_more_recordings_than_there_is_room_for() -> None:
+    objective = Linear()
+    steps = StepGraph(objective.model, objective)
+    results = [steps.backward(_part(rows), WEIGHTS) for _ in range(STEPS_BEFORE + 2) for rows in range(1, MOST + 3)]
+    assert len(objective.calls) == MOST
+    assert sum(result is not None for result in results) == 2 * MOST
+
+
+def test_one_recording_serves_all_masks_of_a_shape() -> None:
+    """A batch that happens to have no padding is one more mask; only where none has any are masks left out."""
+    objective = Linear()
+    steps = StepGraph(objective.model, objective)
+    for _ in range(STEPS_BEFORE + 1):
+        steps.backward(_part(padded=True), WEIGHTS)
+    assert steps.backward(_part(padded=False), WEIGHTS) is not None
+    [(recorded, _)] = objective.calls
+    assert not recorded.is_full
 
 
 def test_what_cannot_be_recorded_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

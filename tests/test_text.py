@@ -151,6 +151,14 @@ def test_sorting_by_length_saves_padding() -> None:
     assert padding(True) < padding(False) / 4
 
 
+def test_batches_of_few_lengths() -> None:
+    """Padded to multiples of four, but not beyond what a model has to be ready for anyway."""
+    rows = [("x " * length, 0) for length in range(1, 11)]
+    batches = classification_batches(rows, _WordTokenizer(), batch_size=1, length_multiple=4)
+    lengths = {int(batch["attention_mask"].sum()): batch["input_ids"].shape[1] for batch in batches}
+    assert lengths == {1: 4, 2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8, 9: 10, 10: 10}
+
+
 def test_evaluation_keeps_the_order() -> None:
     examples = encode_rows(_rows(10), _WordTokenizer())
     labels = [int(x) for batch in evaluation_batches(examples, _WordTokenizer(), batch_size=4) for x in batch["labels"]]

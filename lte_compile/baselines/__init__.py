@@ -9,6 +9,7 @@ from lte_compile.baselines.dense import dense
 from lte_compile.baselines.ffn_free import ffn_free, remove_ffns
 from lte_compile.baselines.kla import kla, oracle_selection
 from lte_compile.baselines.lte import lte
+from lte_compile.baselines.lte_range import lte_range
 from lte_compile.baselines.moefication import moefication_oracle
 from lte_compile.baselines.moefication_router import moefication
 from lte_compile.baselines.noisy_topk import noisy_topk
@@ -31,6 +32,7 @@ __all__ = [
     "find_method",
     "kla",
     "lte",
+    "lte_range",
     "method",
     "moefication",
     "moefication_oracle",

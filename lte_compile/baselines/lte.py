@@ -22,9 +22,9 @@ def lte(bench: Workbench) -> AtDensity:
     def at(density: float) -> Iterator[nn.Module]:
         model = bench.transformed(bench.transform)
         name = f"lte-{density:g}"
-        bench.train(model, name, _phases(bench, density), steer=True, target_density=density)
+        bench.train(model, name, _phases(bench, density), steer=True, target_density=density, budget_range=None)
         set_stage(model, Stage.HARD)
-        if bench.config.eta is None:
+        if bench.config.is_steered:
             place_thresholds(model, bench.calibration, density)
         bench.keep(model, name)
         yield model

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lte_compile.baselines.traces import joined
 from lte_compile.calibration import collect_activations, locate_sites
 from lte_compile.claims import claim
 from lte_compile.config import Grouping, TransformConfig
@@ -23,7 +24,7 @@ from lte_compile.inspection import inspect, require_sites
 from lte_compile.losses import Batch
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing import routers
-from lte_compile.train_config import Phase, TrainConfig
+from lte_compile.train_config import Phase, Teacher, TrainConfig
 from lte_compile.training import Batches, OnStep, peek_batches, train
 from lte_compile.transform import transform
 
@@ -66,6 +67,8 @@ class Workbench:
         directory: for checkpoints; None keeps none.
         example: keyword arguments to trace the model with; transformers models need none.
         dense_learning_rate: of the dense model, where another rate than everybody's suits it better.
+        dense_distillation: the dense model's, from the start.
+        teacher: of distillation, the start or the dense model.
         keep: takes a trained LTE model, ready to run, and its name.
     """
 
@@ -79,6 +82,8 @@ class Workbench:
     example: Mapping[str, Any] | None = None
     on_step: OnStep = lambda event: None
     dense_learning_rate: float | None = None
+    dense_distillation: float = 0.0
+    teacher: Teacher = Teacher.START
     keep: Callable[[nn.Module, str], None] = lambda model, name: None
     _tokens: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary, init=False)
     _grouped: dict[TransformConfig, Mapping[str, Tensor]] = field(default_factory=dict, init=False)
@@ -92,12 +97,14 @@ class Workbench:
     def dense(self) -> nn.Module:
         """The start trained on, densely, for all steps: what methods without training of their own are applied to.
 
-        On the labels alone: the start as its teacher would only hold it back.
+        On the labels alone, if no `dense_distillation` is given: where text is plenty the start as its teacher would
+        only hold it back. With the model's own dropout.
         """
         model, phase = self.start_copy(), Phase(name="dense", steps=self.steps)
+        alone: dict[str, Any] = {"distillation": self.dense_distillation, "layer_distillation": 0.0, "dropout": None}
         rate = self.dense_learning_rate or self.config.learning_rate
         with self.alone("dense"):
-            self.train(model, "dense", [phase], learning_rate=rate, distillation=0.0, layer_distillation=0.0)
+            self.train(model, "dense", [phase], teacher=self.start, learning_rate=rate, **alone)
         return model.eval()
 
     def alone(self, name: str) -> AbstractContextManager[object]:
@@ -147,27 +154,38 @@ class Workbench:
             return moved
 
     def train(
-        self, model: nn.Module, name: str, phases: Sequence[Phase], *, steer: bool = False, **changes: Any
+        self,
+        model: nn.Module,
+        name: str,
+        phases: Sequence[Phase],
+        *,
+        steer: bool = False,
+        teacher: nn.Module | None = None,
+        **changes: Any,
     ) -> nn.Module:
         """Train in place on the same batches as everybody, resuming from this name's checkpoints; returns the model.
 
         Args:
             steer: measure the density on held-out batches, for phases that train routers.
+            teacher: of distillation; None is everybody's.
             changes: to the fields of `config`.
         """
-        batches = CountedBatches(self.new_batches())
+        batches, config = CountedBatches(self.new_batches()), replace(self.config, **changes)
         train(
             model,
             batches,
-            replace(self.config, **changes),
+            config,
             held_out=self.steering if steer else (),
-            teacher=self.start if self.config.needs_teacher else None,
+            teacher=(teacher or self._teacher()) if config.needs_teacher else None,
             directory=self.directory / name if self.directory else None,
             phases=phases,
             on_step=self.on_step,
         )
         self._tokens[model] = batches.tokens
         return model
+
+    def _teacher(self) -> nn.Module:
+        return self.dense if self.teacher is Teacher.DENSE else self.start
 
     def tokens_of(self, model: nn.Module) -> int:
         """How many tokens the model was trained on, beyond the start."""
@@ -176,8 +194,7 @@ class Workbench:
     def traces(self) -> Iterator[Batch]:
         """The inputs of a whole training, for predictors to learn from: equal data for them too."""
         batches = self.new_batches()
-        for _ in range(self.steps):
-            yield _unlabelled(batches.next_batch())
+        yield from joined(_unlabelled(batches.next_batch()) for _ in range(self.steps))
 
     def activations(self, model: nn.Module, config: TransformConfig) -> Mapping[str, Any]:
         """What grouping by co-activation looks at; nothing for other groupings."""

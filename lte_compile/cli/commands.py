@@ -12,7 +12,7 @@ from lte_compile.cli import options
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, emit, only_result_on_stdout
 from lte_compile.config import Grouping, RouterKind, TransformConfig
-from lte_compile.train_config import Gates, TrainConfig
+from lte_compile.train_config import BudgetDraw, FitTarget, Gates, Teacher, TrainConfig
 
 
 def _show(work: Callable[[], Outcome], as_json: bool) -> None:
@@ -85,8 +85,15 @@ def train(
     separability: options.Separability = 0.0,
     eta: options.Eta = None,
     hold_density: options.HoldDensity = False,
+    budget_range: options.BudgetRange = None,
+    budget_draw: options.BudgetDrawOption = BudgetDraw.UNIFORM,
+    start_density: options.StartDensity = None,
+    anneal: options.Anneal = 0.5,
+    dropout: options.Dropout = None,
     fit_router: options.FitRouter = True,
+    fit_target: options.FitTargetOption = FitTarget.ENERGY,
     distillation: options.Distillation = 0.0,
+    temperature: options.Temperature = 1.0,
     layer_distillation: options.LayerDistillation = 0.0,
     batch_size: options.BatchSize = None,
     accumulation: options.Accumulation = 1,
@@ -100,7 +107,9 @@ def train(
     seed: options.Seed = 0,
     autocast: options.Autocast = False,
     compile: options.Compile = False,
+    step_graphs: options.StepGraphs = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    measure_every: options.MeasureEvery = 10,
     checkpoint_every: options.CheckpointEvery = 100,
     resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoints, if there are any.")] = True,
     device: options.Device = "auto",
@@ -168,8 +177,15 @@ def compare(
     separability: options.Separability = 0.0,
     eta: options.Eta = None,
     hold_density: options.HoldDensity = False,
+    budget_range: options.BudgetRange = None,
+    budget_draw: options.BudgetDrawOption = BudgetDraw.UNIFORM,
+    start_density: options.StartDensity = None,
+    anneal: options.Anneal = 0.5,
+    dropout: options.Dropout = None,
     fit_router: options.FitRouter = True,
+    fit_target: options.FitTargetOption = FitTarget.ENERGY,
     distillation: options.Distillation = 0.0,
+    temperature: options.Temperature = 1.0,
     layer_distillation: options.LayerDistillation = 0.0,
     batch_size: options.BatchSize = None,
     accumulation: options.Accumulation = 1,
@@ -182,11 +198,20 @@ def compare(
     router_rank: options.RouterRank = None,
     autocast: options.Autocast = False,
     compile: options.Compile = False,
+    step_graphs: options.StepGraphs = False,
     measure_every: options.MeasureEvery = 10,
-    dense_learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Of the dense model, and of fine-tuning.", show_default="everybody's"),
+    finetune_learning_rate: Annotated[
+        float | None, typer.Option(help="Of fine-tuning.", show_default="the dense model's")
     ] = None,
+    dense_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the dense model.", show_default="everybody's")
+    ] = None,
+    dense_distillation: Annotated[
+        float, typer.Option(help="Weight of the fine-tuned model's outputs as targets of the dense model, 0 to 1.")
+    ] = 0.0,
+    teacher: Annotated[
+        Teacher, typer.Option(help="Of distillation: what all start from, or the dense model trained as long as they.")
+    ] = Teacher.START,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave LTE's models in OUT/models.")] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="End when all points are there, or when none is left to begin.")

@@ -17,7 +17,15 @@ from lte_compile.claims import claim
 from lte_compile.cli.evaluating import CALIBRATION_BATCHES
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, finite
-from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
+from lte_compile.cli.preparing import (
+    changed_settings,
+    check_output,
+    encode,
+    find_model,
+    find_task,
+    load_for,
+    pick_device,
+)
 from lte_compile.cli.training import finetune_steps_of, steering_batches
 from lte_compile.comparison import Point, PointResult, points_of, read_points, run_points
 from lte_compile.comparison_plot import density_plot, tradeoff_plot
@@ -32,7 +40,7 @@ from lte_compile.persistence import save_pretrained
 from lte_compile.progress import TrainingProgress
 from lte_compile.results import write_atomically
 from lte_compile.tasks_api import EncodedTask
-from lte_compile.train_config import Phase, TrainConfig
+from lte_compile.train_config import Phase, Teacher, TrainConfig
 from lte_compile.training import train
 
 SETTINGS_FILE, POINTS, CHECKPOINTS, MODELS = "settings.json", "points", "checkpoints", "models"
@@ -44,7 +52,10 @@ class CompareSettings:
 
     Args:
         finetune_steps: None decides by whether the head is new.
+        finetune_learning_rate: None is the dense model's.
         dense_learning_rate: None is everybody's.
+        dense_distillation: of the dense model, from the fine-tuned one.
+        teacher: whose outputs distillation has as targets.
         keep_models: leave LTE's models in OUT/models.
         wait: for points that other processes are running.
     """
@@ -59,6 +70,9 @@ class CompareSettings:
     train: TrainConfig
     finetune_steps: int | None
     dense_learning_rate: float | None
+    finetune_learning_rate: float | None = None
+    dense_distillation: float = 0.0
+    teacher: Teacher = Teacher.START
     keep_models: bool
     device: str
     wait: bool = True
@@ -66,11 +80,12 @@ class CompareSettings:
     def identity(self) -> dict[str, Any]:
         """What has to be the same for points to stand in one table."""
         task = {name: str(value) for name, value in vars(self.task).items()}
-        varying = ("checkpoint_every", "compile", "target_density", "seed")
+        varying = ("checkpoint_every", "compile", "step_graphs", "target_density", "seed")
         config = {name: value for name, value in self.train.to_dict().items() if name not in varying}
         transform = {name: value for name, value in self.transform.to_dict().items() if name != "seed"}
-        dense = {"finetune_steps": self.finetune_steps, "dense_learning_rate": self.dense_learning_rate}
-        return {"model": self.model, **task, **transform, **config, **dense}
+        names = ("finetune_steps", "finetune_learning_rate", "dense_learning_rate", "dense_distillation")
+        dense = {name: getattr(self, name) for name in names}
+        return {"model": self.model, **task, **transform, **config, **dense, "teacher": self.teacher.value}
 
 
 @dataclass(frozen=True)
@@ -133,13 +148,13 @@ def open_workbench(opened: Opened, seed: int) -> Workbench:
     """Load the model, fine-tune it if need be, and lay out the data, all by this seed."""
     settings, data, device, progress = opened.settings, opened.data, opened.device, opened.progress
     config = replace(settings.train, seed=seed)
-    rate = settings.dense_learning_rate or config.learning_rate
+    rate = settings.finetune_learning_rate or settings.dense_learning_rate or config.learning_rate
     directory = settings.out / CHECKPOINTS / f"seed{seed}"
     torch.manual_seed(seed)  # of a new head
     with progress.working("loading"):
         model, _ = load_for(opened.task, opened.path)
     model.to(device)
-    encoded = data.training_batches(seed)  # tokenized once; copies of its beginning are handed out
+    encoded = data.training_batches(seed, few_lengths=config.records_steps)  # tokenized once; copies are handed out
 
     def new_batches() -> TextBatches:
         return copy.copy(encoded)
@@ -147,7 +162,7 @@ def open_workbench(opened: Opened, seed: int) -> Workbench:
     phase = Phase(name="fine-tune", steps=finetune_steps_of(settings.finetune_steps, opened.path, opened.task))
     with claim(directory / "finetune.lock"):  # one process trains, others find its checkpoint
         if phase.steps:
-            rated = replace(config, learning_rate=rate)
+            rated = replace(config, learning_rate=rate, dropout=None)
             train(model, new_batches(), rated, phases=[phase], directory=directory / "finetune", on_step=progress)
     return Workbench(
         start=model.eval(),
@@ -159,6 +174,8 @@ def open_workbench(opened: Opened, seed: int) -> Workbench:
         directory=directory,
         on_step=progress,
         dense_learning_rate=settings.dense_learning_rate,
+        dense_distillation=settings.dense_distillation,
+        teacher=settings.teacher,
         keep=_keeper(opened, seed),
     )
 
@@ -180,8 +197,7 @@ def _check_settings(settings: CompareSettings) -> None:
         write_atomically(path, json.dumps(asked, indent=1).encode())
         return
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    if differing := sorted(name for name in asked.keys() | recorded.keys() if asked.get(name) != recorded.get(name)):
-        was = ", ".join(f"{name} was {recorded.get(name)!r}, now {asked.get(name)!r}" for name in differing)
+    if was := changed_settings({"teacher": Teacher.START.value, "dense_distillation": 0.0} | recorded, asked):
         raise ValueError(f"{settings.out} holds another comparison ({was}); choose another --out")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lte_compile.config import Grouping, RouterKind
-from lte_compile.train_config import Gates
+from lte_compile.train_config import BudgetDraw, FitTarget, Gates
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,12 +75,37 @@ Eta = Annotated[
 HoldDensity = Annotated[
     bool, typer.Option("--hold-density", help="Shift routers' biases to the target at every measurement.")
 ]
+StartDensity = Annotated[
+    float | None,
+    typer.Option(help="Density that stage 1 begins at; it falls from there.", show_default="the target"),
+]
+Anneal = Annotated[float, typer.Option(help="Share of stage 1 in which the density falls to the target.")]
+Dropout = Annotated[
+    float | None,
+    typer.Option(help="Of all dropout layers, but for dense training.", show_default="what the model has"),
+]
+BudgetRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Train every row at a density of its own between these two, for one model of many budgets.",
+        show_default="the target alone",
+    ),
+]
+BudgetDrawOption = Annotated[BudgetDraw, typer.Option("--budget-draw", help="How rows' densities are drawn.")]
 FitRouter = Annotated[bool, typer.Option("--fit-router/--no-fit-router", help="Start from routers fitted to data.")]
+FitTargetOption = Annotated[
+    FitTarget, typer.Option("--fit-target", help="What routers are fitted to: experts' energies, or their effects.")
+]
 Distillation = Annotated[float, typer.Option(help="Weight of the dense model's outputs as targets, 0 to 1.")]
+Temperature = Annotated[float, typer.Option(help="Softens both models' outputs for distillation.")]
 LayerDistillation = Annotated[float, typer.Option(help="Weight of each layer's distance from the dense model's.")]
 Accumulation = Annotated[int, typer.Option(help="Micro-batches a batch is cut into.")]
 Autocast = Annotated[bool, typer.Option("--autocast", help="bfloat16 autocast.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile of layers and losses; pays off in long runs.")]
+StepGraphs = Annotated[
+    bool, typer.Option("--step-graphs", help="Steps as CUDA graphs, nothing compiled; for small models and texts.")
+]
 MeasureEvery = Annotated[int, typer.Option(help="Steps between measurements of the density on validation batches.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")]
 

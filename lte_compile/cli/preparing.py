@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import transformers
 from torch import nn
 
 from lte_compile.cli.options import TaskOptions
+from lte_compile.config import TransformConfig
 from lte_compile.data.models import resolve_model
 from lte_compile.data.provenance import read_provenance
 from lte_compile.data.tasks import LabelledTask, Task
@@ -21,6 +24,7 @@ from lte_compile.loading import load_causal_lm, load_classifier
 from lte_compile.ort_library import ort_library_path
 from lte_compile.progress import TrainingProgress
 from lte_compile.tasks_api import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
+from lte_compile.train_config import TrainConfig
 
 
 def find_model(name: str, progress: TrainingProgress) -> Path:
@@ -35,6 +39,16 @@ def find_model(name: str, progress: TrainingProgress) -> Path:
         note = f"; {provenance.note}" if provenance.note else ""
         progress.say(f"the hub cannot be reached: weights out of {provenance.detail.split(' (')[0]}{note}")
     return path
+
+
+def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """How settings differ from those that an OUT was made with, in words; settings that it did not have yet count as
+    their defaults."""
+    defaults = {f.name: f.default for kind in (TrainConfig, TransformConfig) for f in fields(kind)}
+    known = {name: value for name, value in defaults.items() if value is not MISSING}
+    before, now = known | dict(recorded), known | dict(asked)
+    differing = sorted(name for name in recorded.keys() | asked.keys() if before.get(name) != now.get(name))
+    return ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in differing)
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:

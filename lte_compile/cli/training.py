@@ -19,12 +19,22 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from lte_compile.budgets import budgets_of
+from lte_compile.calibration import calibrate
 from lte_compile.checkpointing import latest_checkpoint
 from lte_compile.cli.converting import ACTIVATION_BATCHES, activations_for
 from lte_compile.cli.evaluating import place_threshold
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome
-from lte_compile.cli.preparing import check_output, encode, find_model, find_task, load_for, pick_device
+from lte_compile.cli.preparing import (
+    changed_settings,
+    check_output,
+    encode,
+    find_model,
+    find_task,
+    load_for,
+    pick_device,
+)
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.data.tasks import LabelledTask, Task
@@ -72,7 +82,7 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on from another's checkpoints."""
         task = {name: str(value) for name, value in vars(self.task).items() if name != "test_examples"}
-        free = ("checkpoint_every", "compile")
+        free = ("checkpoint_every", "compile", "step_graphs")
         config = {name: value for name, value in self.train.to_dict().items() if name not in free}
         steps = {"finetune_steps": self.finetune_steps}
         return {"model": self.model, **task, **self.transform.to_dict(), **config, **steps}
@@ -155,7 +165,7 @@ def _run(
     config = replace(settings.train, fit_router=settings.train.fit_router and not are_trained)
     train(
         model,
-        data.training_batches(config.seed),
+        data.training_batches(config.seed, few_lengths=config.records_steps),
         config,
         held_out=held_out,
         teacher=teacher,
@@ -164,8 +174,10 @@ def _run(
         shard=settings.shard,
     )
     set_stage(model, Stage.HARD)
-    if config.eta is None:  # stage 2 moves what the frozen routers see, and with it the density
+    if config.is_steered:  # stage 2 moves what the frozen routers see, and with it the density
         place_threshold(model, data, config.target_density)
+    if (budgets := budgets_of(config)) is not None:
+        calibrate(model, held_out, densities=budgets.nodes)
     with progress.working("evaluating the sparse model"):
         sparse = data.evaluate(model, test)
     return Trained(
@@ -187,10 +199,11 @@ def _finetune(
         set_stage(model, Stage.DENSE)
     if not steps:
         return
-    batches = data.training_batches(settings.train.seed)
+    config = replace(settings.train, dropout=None)
+    batches = data.training_batches(config.seed, few_lengths=config.records_steps)
     phases = [Phase(name="fine-tune", steps=steps)]
     directory = settings.checkpoints / "finetune"
-    train(model, batches, settings.train, phases=phases, directory=directory, on_step=progress, shard=settings.shard)
+    train(model, batches, config, phases=phases, directory=directory, on_step=progress, shard=settings.shard)
 
 
 def steering_batches(data: EncodedTask, device: torch.device) -> list[Batch]:
@@ -223,8 +236,7 @@ def _check_output(settings: TrainSettings, source: Path) -> None:
         return
     recorded = json.loads((settings.checkpoints / SETTINGS_FILE).read_text(encoding="utf-8"))
     asked = json.loads(json.dumps(settings.identity()))
-    if differing := sorted(name for name in asked.keys() | recorded.keys() if asked.get(name) != recorded.get(name)):
-        was = ", ".join(f"{name} was {recorded.get(name)!r}, now {asked.get(name)!r}" for name in differing)
+    if was := changed_settings(recorded, asked):
         raise ValueError(f"{settings.checkpoints} is of another run ({was}); give --no-resume to start over")
 
 

@@ -22,12 +22,14 @@ Batch = dict[str, Tensor]
 class Example:
     """Token ids of a text or window; the label is a class index, or None for language modelling.
 
-    The first `unscored` tokens are a prompt: read, but not learned.
+    The first `unscored` tokens are a prompt: read, but not learned. So are the spans [start, stop) of `prompts`, where
+    an example is made of several pairs.
     """
 
     tokens: tuple[int, ...]
     label: int | None = None
     unscored: int = 0
+    prompts: tuple[tuple[int, int], ...] = ()
 
 
 class TextBatches:
@@ -40,9 +42,20 @@ class TextBatches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, batch_size: int, pad_token_id: int, seed: int, by_length: bool
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        seed: int,
+        by_length: bool,
+        length_multiple: int = 1,
     ) -> None:
-        """`by_length` puts texts of similar length into one batch; windows, all of one length, need it not."""
+        """`by_length` puts texts of similar length into one batch; windows, all of one length, need it not.
+
+        L is the next multiple of `length_multiple`, or the longest example's length: batches of few lengths can each
+        have a CUDA graph (lte_compile.step_graphs).
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if not examples:
@@ -52,6 +65,8 @@ class TextBatches:
         self._pad_token_id = pad_token_id
         self._seed = seed
         self._by_length = by_length
+        self._length_multiple = length_multiple
+        self._longest = max(map(_length, examples))
         self._go_to(epoch=0, index=0)
 
     def __len__(self) -> int:
@@ -71,7 +86,9 @@ class TextBatches:
             self._index += 1
         else:
             self._go_to(epoch=self._epoch + 1, index=0)
-        return collate([self._examples[row] for row in rows], self._pad_token_id)
+        batch = [self._examples[row] for row in rows]
+        length = -(-max(map(_length, batch)) // self._length_multiple) * self._length_multiple
+        return collate(batch, self._pad_token_id, min(length, self._longest))
 
     def state_dict(self) -> dict[str, int]:
         """Position of the next batch, and what makes it meaningful."""
@@ -106,16 +123,26 @@ class TextBatches:
         return batches
 
     def _sorted(self, rows: list[int]) -> list[int]:
-        return sorted(rows, key=lambda row: len(self._examples[row].tokens))
+        return sorted(rows, key=lambda row: _length(self._examples[row]))
 
 
 def classification_batches(
-    rows: Sequence[tuple[str, int]], tokenizer: Any, *, batch_size: int = 32, max_length: int = 64, seed: int = 0
+    rows: Sequence[tuple[str, int]],
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    max_length: int = 64,
+    seed: int = 0,
+    length_multiple: int = 1,
 ) -> TextBatches:
     """Training batches of a `LabelledTask` split. Texts are cut to `max_length` tokens."""
-    examples = encode_rows(rows, tokenizer, max_length)
     return TextBatches(
-        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=True
+        encode_rows(rows, tokenizer, max_length),
+        batch_size=batch_size,
+        pad_token_id=_pad_token_id(tokenizer),
+        seed=seed,
+        by_length=True,
+        length_multiple=length_multiple,
     )
 
 
@@ -132,10 +159,13 @@ def language_model_batches(
 def pair_batches(
     rows: Sequence[tuple[str, str]], tokenizer: Any, *, batch_size: int = 8, window: int = 256, seed: int = 0
 ) -> TextBatches:
-    """Training batches of a `Pairs` split; only completions are learned."""
-    examples = encode_pairs(rows, tokenizer, window)
+    """Training batches of a `Pairs` split; only completions are learned.
+
+    Pairs of at most `window` tokens follow each other in examples of twice as many (`pack`): nothing is padding.
+    """
+    examples = pack(encode_pairs(rows, tokenizer, window), 2 * window)
     return TextBatches(
-        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=True
+        examples, batch_size=batch_size, pad_token_id=_pad_token_id(tokenizer), seed=seed, by_length=False
     )
 
 
@@ -167,6 +197,43 @@ def encode_pairs(rows: Sequence[tuple[str, str]], tokenizer: Any, window: int = 
     return tuple(encoded)
 
 
+def pack(pairs: Sequence[Example], window: int) -> tuple[Example, ...]:
+    """Windows of `window` tokens, or a single shorter one if all pairs fit into it.
+
+    A window holds as many whole pairs as fit, and ends with the beginning of the pair that the next one starts with,
+    which it reads but does not learn. The last window goes on with the first pairs.
+
+    Raises:
+        ValueError: a pair is longer than a window.
+    """
+    lengths = [len(pair.tokens) for pair in pairs]
+    if max(lengths) > window:
+        raise ValueError(f"a pair of {max(lengths)} tokens does not fit into a window of {window}")
+    if sum(lengths) <= window:
+        return (_joined(pairs, window),)
+    windows, first = [], 0
+    while first < len(pairs):
+        last = first
+        filled = 0
+        while filled + lengths[last % len(pairs)] <= window:
+            filled += lengths[last % len(pairs)]
+            last += 1
+        windows.append(_joined([pairs[index % len(pairs)] for index in range(first, last + 1)], window))
+        first = last
+    return tuple(windows)
+
+
+def _joined(pairs: Sequence[Example], window: int) -> Example:
+    """One example of all pairs, cut to the window; of a pair that is cut nothing is learned."""
+    tokens: list[int] = []
+    prompts = []
+    for pair in pairs:
+        start = len(tokens)
+        tokens += pair.tokens
+        prompts.append((start, len(tokens) if len(tokens) > window else start + pair.unscored))
+    return Example(tuple(tokens[:window]), prompts=tuple(prompts))
+
+
 def _ids(text: str, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
@@ -187,9 +254,9 @@ def encode_windows(documents: Sequence[str], tokenizer: Any, window: int = 256) 
     return tuple(Example(tuple(ids)) for ids in windows)
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Right-padded tensors of some examples, all labelled or none."""
-    length = max(len(example.tokens) for example in examples)
+def collate(examples: Sequence[Example], pad_token_id: int, length: int | None = None) -> Batch:
+    """Right-padded tensors of some examples, all labelled or none; as long as the longest, or longer."""
+    length = length or max(map(_length, examples))
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
@@ -206,9 +273,13 @@ def _labels(examples: Sequence[Example], input_ids: Tensor) -> Tensor:
         return torch.tensor(labels)
     next_tokens = input_ids.clone()
     for row, example in enumerate(examples):
-        next_tokens[row, : example.unscored] = -100
-        next_tokens[row, len(example.tokens) :] = -100
+        for start, stop in ((0, example.unscored), *example.prompts, (len(example.tokens), None)):
+            next_tokens[row, start:stop] = -100
     return next_tokens
+
+
+def _length(example: Example) -> int:
+    return len(example.tokens)
 
 
 def _pad_token_id(tokenizer: Any) -> int:

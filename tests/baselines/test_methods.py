@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_the_methods_say_what_they_are() -> None:
     assert {name for name, m in METHODS.items() if m.is_oracle} == set(ORACLES)
     assert METHODS["teal"].granularity is Granularity.INPUT
     trained = {name for name, m in METHODS.items() if m.needs is Needs.TRAINING}
-    assert trained == {"dense", "ffn-free", "lte", "noisy-topk", "random"}
+    assert trained == {"dense", "ffn-free", "lte", "lte-range", "noisy-topk", "random"}
 
 
 def test_a_frozen_router_stays_as_it_was_drawn(bench: Workbench) -> None:
@@ -137,6 +137,15 @@ def test_a_frozen_router_stays_as_it_was_drawn(bench: Workbench) -> None:
 def test_the_start_is_never_changed(bench: Workbench, runs: dict[tuple[str, float], Run]) -> None:
     for name, tensor in Planted().state_dict().items():
         assert torch.equal(bench.start.state_dict()[name], tensor)
+
+
+def test_a_dense_model_that_learns_from_the_start_alone_stays_close_to_it(bench: Workbench) -> None:
+    taught, [batch, *_] = replace(bench, dense_distillation=1.0, directory=None), batches(3, 4)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    models = (bench.start, bench.dense, taught.dense)
+    start, learned, stayed = (model(**inputs).logits.softmax(-1).detach() for model in models)
+    # Adam's steps are as long as ever, whatever the gradients: it does not stay where it was.
+    assert (stayed - start).abs().mean() < 0.6 * (learned - start).abs().mean()
 
 
 def test_noise_is_for_training_only(bench: Workbench) -> None:

@@ -65,6 +65,30 @@ def test_other_settings_do_not_mix(out: Path, bert: Path, labelled: Path, run: R
     assert "holds another comparison (learning_rate was 0.0001, now 0.01)" in result.stderr
 
 
+def test_settings_that_did_not_exist_yet_had_their_defaults(out: Path, bert: Path, labelled: Path, run: Run) -> None:
+    recorded = json.loads((out / "settings.json").read_text())
+    for newer in ("budget_range", "budget_draw", "teacher", "fit_target"):
+        del recorded[newer]
+    (out / "settings.json").write_text(json.dumps(recorded))
+    given = ("compare", bert, "--out", out, "--task", labelled, "--methods", "kla", *BERT)
+    assert run(*given).exit_code == 0
+    result = run(*given, "--budget-range", 0.2, 0.6)
+    assert result.exit_code == 2
+    assert "holds another comparison (budget_range was None, now [0.2, 0.6])" in result.stderr
+
+
+def test_levers_of_an_encoders_recipe(tmp_path: Path, bert: Path, labelled: Path, run_json: RunJson) -> None:
+    recipe = ("--distillation", 0.9, "--temperature", 2, "--teacher", "dense", "--fit-target", "effect", "--dropout", 0)
+    steering = ("--hold-density", "--eta", 0.1, "--start-density", 0.8, "--anneal", 0.5, "--measure-every", 2)
+    grid = ("--task", labelled, "--methods", "dense,lte,moefication", "--densities", "0.5", "--step-graphs")
+    document = run_json("compare", bert, "--out", tmp_path, *grid, *BERT, *recipe, *steering)
+    rows = {row["method"]: row for row in document["rows"]}
+    assert rows["lte"]["density"]["mean"] == pytest.approx(0.5, abs=0.05)
+    settings = document["settings"]
+    assert (settings["teacher"], settings["fit_target"], settings["dropout"]) == ("dense", "effect", 0)
+    assert "step_graphs" not in settings  # a matter of speed
+
+
 def test_a_language_model_is_compared(tmp_path: Path, llama: Path, prose: Path, run_json: RunJson) -> None:
     grid = ("--task", prose, "--densities", "0.5", "--methods", "noisy-topk,moefication,deja-vu,cats,ffn-free")
     document = run_json("compare", llama, "--out", tmp_path, *grid, *LLAMA, "--grouping", "coactivation")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lte_compile import layer_compilation
+from lte_compile.calibration import evaluate_routers, set_density
 from lte_compile.config import Stage
 from lte_compile.loading import load_model
 from lte_compile.progress import TrainingProgress
 from lte_compile.routing import routers
 from lte_compile.training import StepEvent
-from tests.cli.conftest import BERT_RUN, Run
+from tests.cli.conftest import BERT_RUN, LLAMA_RUN, Run
 
 RunJson = Callable[..., Any]
 
@@ -42,6 +43,17 @@ def test_evaluate_serves_several_densities(trained_bert: Path, run_json: RunJson
     assert (low["target"], high["target"]) == (0.2, 0.7)
     assert low["density"] < 0.45 < high["density"]
     assert low["threshold"] > high["threshold"]
+
+
+def test_a_model_trained_for_a_range_moves_over_it(run: Run, llama: Path, prose: Path, tmp_path: Path) -> None:
+    budgets = ("--budget-range", 0.2, 0.6, "--budget-draw", "half-at-target", "--hold-density")
+    result = run("train", llama, tmp_path / "out", "--task", prose, *LLAMA_RUN, *budgets)
+    assert result.exit_code == 0, result.stderr
+    model = load_model(tmp_path / "out")
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(3, 90, (16, 16), generator=generator)}]
+    found = [evaluate_routers(model, data).density() for density in (0.2, 0.6) if set_density(model, density)]
+    assert found[0] < 0.4 < found[1]  # of other tokens than those it was calibrated on
 
 
 def test_evaluate_prints_a_table(trained_bert: Path, run: Run, labelled: Path) -> None:

@@ -131,6 +131,12 @@ def test_training_equals_one_process(runs: Runs, alone: Alone, name: str, kind: 
     assert_identical(second[f"{name} {kind}"], first[f"{name} {kind}"])
 
 
+def test_rows_run_at_the_densities_that_one_process_draws(runs: Runs, alone: Alone) -> None:
+    first, second = runs["train"]
+    assert_same_training(first["many budgets ddp"], alone["many budgets"])
+    assert_identical(second["many budgets ddp"], first["many budgets ddp"])
+
+
 def test_only_the_first_process_reports_steps(runs: Runs, alone: Alone) -> None:
     first, second = (run["classifier ddp"] for run in runs["train"])
     assert (first["steps"], second["steps"]) == (alone["classifier"]["steps"], 0)

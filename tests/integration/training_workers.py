@@ -107,6 +107,12 @@ CASES: Mapping[str, Case] = {
         5,
         replace(_CONFIG, gates=Gates.SOFT, separability=0.3, distillation=0.5, accumulation=2),
     ),
+    "many budgets": Case(
+        _llama,
+        _texts(11, classes=None, vocabulary=90),
+        5,
+        replace(_CONFIG, budget_range=(0.25, 0.6), hold_density=True),
+    ),
     "with dropout": Case(_llama_with_dropout, _texts(8, classes=None, vocabulary=90), 4, _CONFIG),
 }
 
@@ -178,5 +184,5 @@ def _refusal(case: Case, llama: nn.Module, directory: Path) -> str:
     return str(refusal.value)
 
 
-PLAIN = [("classifier", "ddp"), ("classifier", "fsdp2"), ("language model", "ddp")]
+PLAIN = [("classifier", "ddp"), ("classifier", "fsdp2"), ("language model", "ddp"), ("many budgets", "ddp")]
 RESUMED = [("language model", "fsdp2"), ("with dropout", "ddp")]

@@ -1,0 +1,263 @@
+"""Training for a range of densities: what is drawn, what density a row then runs at, and what it is good for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lte_compile.budgets import NUM_NODES, Budgets, lower_logits
+from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, place_thresholds, set_density
+from lte_compile.config import Stage, TransformConfig
+from lte_compile.distributed import ALONE
+from lte_compile.evaluation import evaluate
+from lte_compile.losses import micro_batches
+from lte_compile.routing import lowered, routers, set_stage
+from lte_compile.steering import HeldOut
+from lte_compile.train_config import BudgetDraw, TrainConfig
+from lte_compile.training import StepEvent, train
+from lte_compile.transform import transform
+from tests import planted
+from tests.routed import routed, stack, tokens
+
+LOW, HIGH, TARGET = 0.2, 0.6, 0.3
+
+
+def _budgets(draw: BudgetDraw = BudgetDraw.UNIFORM) -> Budgets:
+    return Budgets(LOW, HIGH, target=TARGET, draw=draw)
+
+
+@pytest.mark.parametrize("draw", list(BudgetDraw))
+def test_every_batch_covers_the_range(draw: BudgetDraw) -> None:
+    for step in range(20):
+        drawn = sorted(_budgets(draw).densities(16, seed=0, step=step))
+        assert LOW <= drawn[0] < LOW + 0.05
+        assert HIGH - 0.05 < drawn[-1] <= HIGH
+
+
+def test_draws_follow_from_seed_and_step_alone() -> None:
+    first = _budgets().densities(8, seed=1, step=7)
+    assert first == _budgets().densities(8, seed=1, step=7)
+    assert first != _budgets().densities(8, seed=1, step=8)
+    assert first != _budgets().densities(8, seed=2, step=7)
+    assert list(first) != sorted(first)  # rows of some place in the batch are not always the sparsest
+
+
+def test_half_of_the_rows_are_at_the_target_or_at_the_ends() -> None:
+    half = _budgets(BudgetDraw.HALF_AT_TARGET).densities(16, seed=0, step=0)
+    assert half.count(TARGET) == 8
+    ends = _budgets(BudgetDraw.ENDS).densities(16, seed=0, step=0)
+    assert (ends.count(LOW), ends.count(HIGH)) == (4, 4)
+    log = _budgets(BudgetDraw.LOG_UNIFORM).densities(1000, seed=0, step=0)
+    assert sum(density < math.sqrt(LOW * HIGH) for density in log) == 500
+
+
+def test_shifts_between_densities_are_interpolated() -> None:
+    budgets = _budgets()
+    budgets.shifts[:] = [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert [budgets.shift_for(density) for density in budgets.nodes] == pytest.approx([4.0, 3.0, 2.0, 1.0, 0.0])
+    assert budgets.shift_for(0.35) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (15, 7)])
+def test_lowered_scores_are_those_of_lower_logits(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    shift_B = torch.tensor([-1.0, 0.0, 2.5])
+    per_token = shift_B.double().repeat_interleave(shape[0] // 3).view(-1, *[1] * (len(shape) - 1))
+    expected = torch.sigmoid(logits - per_token)
+    scores = lowered(torch.sigmoid(logits), shift_B)
+    torch.testing.assert_close(scores, expected)
+    [wanted] = torch.autograd.grad(expected.square().sum(), logits)
+    [given] = torch.autograd.grad(scores.square().sum(), logits)
+    torch.testing.assert_close(given, wanted)
+
+
+def test_saturated_scores_stay_finite() -> None:
+    scores = torch.tensor([[0.0, 1.0, 0.5]], requires_grad=True)
+    shifted = lowered(scores, torch.tensor([30.0]))
+    shifted.sum().backward()  # type: ignore[no-untyped-call]
+    assert shifted[0, :2].tolist() == [0.0, 1.0]
+    assert scores.grad is not None
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_rows_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="a density for each of 2 rows needs FFN inputs with rows first; got 5 tokens"):
+        lowered(torch.rand(5, 3), torch.zeros(2))
+
+
+def _fitted(layers: int = 3, scale: float = 1.0) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    model, data = stack(layers), [{"input": tokens(256, seed=number)[:, None]} for number in range(4)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    transform(model, TransformConfig(expert_size=4), data[0])
+    fit_routers(model, data, TARGET)
+    set_stage(model, Stage.SOFT, selection="straight_through")
+    return model, data
+
+
+def _measured(model: nn.Module, data: list[dict[str, Tensor]]) -> tuple[HeldOut, Budgets]:
+    held_out, budgets = HeldOut(batches=data, processes=ALONE, autocast=False), _budgets()
+    held_out.follow_all(model, budgets)
+    return held_out, budgets
+
+
+@pytest.mark.parametrize("density", [0.2, 0.25, 0.45, 0.6])
+def test_a_row_runs_at_the_density_drawn_for_it(density: float) -> None:
+    model, data = _fitted()
+    _, budgets = _measured(model, data)
+    lower_logits(model, torch.tensor([budgets.shift_for(density)]))
+    # The same inputs that the shifts were measured on; what is left is the interpolation between NUM_NODES.
+    assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.01)
+    lower_logits(model, None)
+
+
+def test_shifts_follow_routers_that_move() -> None:
+    model, data = _fitted()
+    held_out, budgets = _measured(model, data)
+    before = list(budgets.shifts)
+    with torch.no_grad():
+        for router in routers(model):
+            assert router.bias is not None
+            router.bias.add_(0.7)
+    for number in range(NUM_NODES):
+        held_out.follow(model, budgets, number)
+    moved = [after - was for was, after in zip(before, budgets.shifts, strict=True)]
+    assert moved == pytest.approx([0.7] * NUM_NODES, abs=0.02)  # float32 scores
+
+
+def test_slices_of_a_batch_keep_their_rows_shifts() -> None:
+    batch, shift_B = {"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5.0)
+    parts = [part for rank in range(2) for part in micro_batches(batch, 2, rank=rank, processes=2, shift_B=shift_B)]
+    for part in parts:
+        assert part.shift_B is not None
+        assert part.inputs["input_ids"][:, 0].tolist() == [2 * shift for shift in part.shift_B.tolist()]
+    assert sum(len(part.shift_B) for part in parts if part.shift_B is not None) == 5
+
+
+def _config(**changes: object) -> TrainConfig:
+    settings = {"target_density": TARGET, "stage1_steps": 9, "stage2_steps": 6, "budget_range": (LOW, HIGH)}
+    return TrainConfig(**{**settings, "checkpoint_every": 4, "measure_every": 2, **changes})  # type: ignore[arg-type]
+
+
+def _planted() -> nn.Module:
+    torch.manual_seed(0)
+    return transform(planted.Planted(), TransformConfig(expert_size=4), planted.example())
+
+
+@pytest.mark.parametrize("kill_at", [3, 6, 11])
+@pytest.mark.parametrize("hold", [False, True])
+def test_resumed_training_is_bit_identical(tmp_path: Path, kill_at: int, hold: bool) -> None:
+    held_out, config = planted.batches(1, 2), _config(hold_density=hold)
+    whole = _planted()
+    expected = train(whole, planted.PlantedBatches(0), config, held_out=held_out, directory=tmp_path / "a")
+
+    def stop(event: StepEvent) -> None:
+        if event.step + (9 if event.phase == "stage 2" else 0) == kill_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(_planted(), planted.PlantedBatches(0), config, held_out=held_out, directory=tmp_path / "b", on_step=stop)
+    resumed = _planted()
+    events = train(resumed, planted.PlantedBatches(0), config, held_out=held_out, directory=tmp_path / "b")
+    assert events == expected
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert all(router.shift_B is None for router in routers(resumed))
+
+
+def test_a_step_that_fails_leaves_the_routers_as_they_were() -> None:
+    model, held_out = _planted(), planted.batches(1, 2)
+
+    class Broken(planted.PlantedBatches):
+        def next_batch(self) -> dict[str, Tensor]:
+            batch = super().next_batch()
+            return batch if self.index < 12 else {**batch, "labels": batch["labels"] + 99}
+
+    with pytest.raises(IndexError, match="Target"):
+        train(model, Broken(0), _config(fit_router=False), held_out=held_out)
+    assert all(router.shift_B is None for router in routers(model))
+
+
+def test_one_model_serves_the_range_better_than_one_of_a_single_budget() -> None:
+    """Kinds need a quarter of the neurons each: a model trained at .75 has not learned to choose among them."""
+    held_out, test = planted.batches(1, 4), planted.batches(3, 4)
+    losses = {}
+    for name, budgets in (("single", None), ("range", (0.15, 0.75))):
+        config = _config(
+            target_density=0.75,
+            stage1_steps=150,
+            stage2_steps=0,
+            budget_range=budgets,
+            hold_density=True,
+            measure_every=10,
+            learning_rate=1e-3,
+            router_learning_rate=3e-3,
+        )
+        model = _planted()
+        train(model, planted.PlantedBatches(0), config, held_out=held_out, teacher=copy.deepcopy(model))
+        set_stage(model, Stage.HARD)
+        place_thresholds(model, held_out, 0.2)
+        measured = evaluate(model, test)
+        losses[name] = measured.loss
+        assert measured.density == pytest.approx(0.2, abs=0.02)
+    assert losses["range"] < 0.9 * losses["single"]
+
+
+@pytest.mark.parametrize("density", [0.15, 0.3, 0.5, 0.8])
+def test_thresholds_are_placed_to_half_a_percent(density: float) -> None:
+    model, data = _fitted()
+    set_stage(model, Stage.HARD)
+    place_thresholds(model, data, 0.4)
+    place_thresholds(model, data, density)
+    assert evaluate_routers(model, data).density() == pytest.approx(density, rel=0.006)
+
+
+def test_calibration_at_several_densities_says_where_thresholds_belong_between_them() -> None:
+    """Layers that change what later ones see by so much that one measurement misses."""
+    model, data = _fitted(layers=6, scale=2.0)
+    set_stage(model, Stage.HARD)
+    misses: dict[bool, list[float]] = {False: [], True: []}
+    for several, missed in misses.items():
+        threshold = place_thresholds(model, data, TARGET)
+        calibrate(model, data, densities=(0.2, 0.3, 0.4, 0.5, 0.6) if several else ())
+        assert {router.threshold for router in routers(model)} == {threshold}
+        for density in (0.2, 0.25, 0.3, 0.4, 0.5, 0.6):
+            set_density(model, density)
+            missed.append(abs(evaluate_routers(model, data).density() - density))
+    assert max(misses[True]) < 0.01 < 0.05 < max(misses[False])
+
+
+def test_thresholds_are_found_where_the_next_guess_always_overshoots() -> None:
+    model, data = _fitted(layers=6, scale=4.0)
+    set_stage(model, Stage.HARD)
+    for density in (0.2, 0.5):
+        place_thresholds(model, data, density)
+        assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.01)
+
+
+def test_a_calibrated_model_moves_over_the_range() -> None:
+    model, _ = routed("llama")
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(3, 90, (8, 9), generator=generator)} for _ in range(6)]
+    calibrate(set_stage(model, Stage.HARD), data)
+    for density in (0.2, 0.3, 0.4, 0.5, 0.6):
+        set_density(model, density)
+        assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"budget_range": (0.6, 0.2)}, "two densities between 0 and 1, the lower first"),
+        ({"budget_range": (0.2, 1.0)}, "two densities between 0 and 1, the lower first"),
+        ({"budget_range": (0.2, 0.6), "eta": 0.5}, "a steered density"),
+    ],
+)
+def test_bad_ranges_are_refused(given: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        _config(**given)
