@@ -27,6 +27,12 @@ class FfnWeights(NamedTuple):
     gate_bias_F: Tensor | None
     down_bias_D: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the projections, biases not counted."""
+        gate_bytes = 0 if self.gate_FD is None else self.gate_FD.nbytes
+        return self.up_FD.nbytes + gate_bytes + self.down_DF.nbytes
+
 
 def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequence[Tensor]) -> None:
     """ValueError unless x, weights, biases and hidden function fit one another and share one floating dtype.

@@ -19,9 +19,8 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.prefill_kernels import routed_up
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+from lte_compile.kernels.triton_launch import hidden_constants
 
 # tl.dot's smallest side: so many experts' logits are computed for a tile whether it has them or not.
 ROUTED = 16
@@ -58,11 +57,10 @@ def fused_tile(tokens: int, expert_size: int, gated: bool, dtype: torch.dtype) -
 def sparse_ffn_fused_up(call: SparseFfnCall, config: FusedTile | None = None) -> Tensor:
     """At least one token; x, router and projections of one dtype; only the last expert may be smaller. The
     down-projection may have either layout."""
-    weights, activation = call.weights, call.activation
+    weights = call.weights
     x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
     tile = config or fused_tile(len(x_TD), call.expert_size, weights.gate_FD is not None, x_TD.dtype)
     hidden_TF = torch.empty(len(x_TD), len(weights.up_FD), dtype=x_TD.dtype, device=x_TD.device)
-    bias_F = weights.up_bias_F if weights.up_bias_F is not None else weights.gate_bias_F
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
         routed_up[(triton.cdiv(hidden_TF.shape[1], tile.neurons), triton.cdiv(len(x_TD), tile.tokens))](
             x_TD,
@@ -77,12 +75,9 @@ def sparse_ffn_fused_up(call: SparseFfnCall, config: FusedTile | None = None) ->
             call.tau,
             *hidden_TF.shape,
             D=x_TD.shape[1],
-            ROW_STRIDE=weights.up_FD.stride(0),
-            BIAS_STRIDE=1 if bias_F is None else bias_F.stride(0),
+            **hidden_constants(call),
             EXPERTS=len(call.router_ED),
             EXPERT_SIZE=call.expert_size,
-            ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-            IS_PROGRAM=is_program(activation),
             TOKENS=tile.tokens,
             NEURONS=tile.neurons,
             ROUTED=ROUTED,

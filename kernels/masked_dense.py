@@ -62,10 +62,9 @@ PLAIN_LAYER, PLAIN_TOKENS = MaskConfig(router_beside=False, up_beside=False, fin
 def default_config(call: SparseFfnCall) -> MaskConfig:
     """For a layer and a number of tokens."""
     tokens = len(tokens_of(call.x_D))
-    up_FD, gate_FD, down_DF, *_ = call.weights
-    if up_FD.nbytes + down_DF.nbytes + (0 if gate_FD is None else gate_FD.nbytes) >= LARGE_LAYER_BYTES:
+    if call.weights.nbytes >= LARGE_LAYER_BYTES:
         return next((config for first, config in LARGE_LAYER.items() if tokens >= first), MaskConfig())
-    return PLAIN_LAYER if gate_FD is None and tokens >= PLAIN_TOKENS else MaskConfig()
+    return PLAIN_LAYER if call.weights.gate_FD is None and tokens >= PLAIN_TOKENS else MaskConfig()
 
 
 class _Scratch(NamedTuple):

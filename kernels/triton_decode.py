@@ -21,13 +21,11 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.decode_kernels import down, route_up
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.skipping_cost import LARGE_UP_BYTES
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.kernels.triton_decode_list import MAX_WIDTH, sparse_ffn_decode_list
 from lte_compile.kernels.triton_decode_small import is_small, sparse_ffn_decode_small
-from lte_compile.kernels.triton_launch import launch_options
+from lte_compile.kernels.triton_launch import hidden_constants, launch_options
 
 # Bytes of the up-projection below which launches of many one-warp programs are fastest; from LARGE_UP_BYTES on, three
 # launches are faster than two.
@@ -84,62 +82,72 @@ def is_large(call: SparseFfnCall) -> bool:
 def sparse_ffn_two_launches(call: SparseFfnCall, config: DecodeConfig | None = None) -> Tensor:
     """One token. The down-projection is neuron-major, up and gate have rows of equal strides, all else is contiguous;
     only the last expert may be smaller."""
-    x_D, router_EC, router_bias_E, weights, activation, expert_size, tau, _, constants, *_ = call
-    num_neurons, width = weights.up_FD.shape
-    out_width, num_experts = weights.down_DF.shape[0], router_EC.shape[0]
-    config = config or default_config(call)
+    weights, x_D, config = call.weights, call.x_D, config or default_config(call)
+    out_width, experts = weights.down_DF.shape[0], len(call.router_ED)
     blocks = triton.cdiv(out_width, config.down_block)
-    hidden_F = torch.empty(num_neurons, dtype=torch.float32, device=x_D.device)
-    partial = torch.empty(config.down_splits * out_width, dtype=torch.float32, device=x_D.device)
-    flags = torch.empty(num_experts + blocks, dtype=torch.int32, device=x_D.device)
-    arrived = flags[num_experts:]
-    y_D = torch.empty((*x_D.shape[:-1], out_width), dtype=weights.up_FD.dtype, device=x_D.device)
+    flags = torch.empty(experts + blocks, dtype=torch.int32, device=x_D.device)
     with torch.cuda.device_of(x_D):  # type: ignore[no-untyped-call]
-        route_up[(num_experts * triton.cdiv(expert_size, config.up_rows),)](
-            x_D.contiguous(),
-            call.router_input.contiguous(),
-            router_EC,
-            router_bias_E,
-            weights.up_FD,
-            weights.gate_FD,
-            weights.up_bias_F,
-            weights.gate_bias_F,
-            constants,
-            hidden_F,
-            flags,
-            arrived,
-            tau,
-            num_neurons,
-            D=width,
-            ROUTER_D=router_EC.shape[1],
-            ROW_STRIDE=weights.up_FD.stride(0),
-            BIAS_STRIDE=1 if weights.up_bias_F is None else weights.up_bias_F.stride(0),
-            EXPERT_SIZE=expert_size,
-            ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-            IS_PROGRAM=is_program(activation),
-            COUNTERS=blocks,
-            ROWS=config.up_rows,
-            BLOCK=config.up_block,
-            STAGES=config.up_stages,
-            **launch_options(x_D.device, config.up_warps),
-        )
-        down[(blocks, config.down_splits)](
-            hidden_F,
-            flags,
-            weights.down_DF,
-            weights.down_bias_D,
-            partial,
-            arrived,
-            y_D,
-            num_neurons,
-            D=out_width,
-            EXPERTS=num_experts,
-            EXPERTS_PADDED=triton.next_power_of_2(num_experts),
-            EXPERT_SIZE=expert_size,
-            ROWS=config.down_rows,
-            BLOCK=config.down_block,
-            SPLITS=config.down_splits,
-            STAGES=config.down_stages,
-            **launch_options(x_D.device, config.down_warps),
-        )
+        hidden_F = _route_up(call, flags[:experts], flags[experts:], config)
+        return _project_down(call, hidden_F, flags[:experts], flags[experts:], config)
+
+
+def _route_up(call: SparseFfnCall, active_E: Tensor, arrived: Tensor, config: DecodeConfig) -> Tensor:
+    """Launch 1: hidden values [F] in fp32 of active experts, the rest unset; clears the counters of launch 2."""
+    weights, (neurons, width) = call.weights, call.weights.up_FD.shape
+    hidden_F = torch.empty(neurons, dtype=torch.float32, device=call.x_D.device)
+    route_up[(len(active_E) * triton.cdiv(call.expert_size, config.up_rows),)](
+        call.x_D.contiguous(),
+        call.router_input.contiguous(),
+        call.router_ED,
+        call.router_bias_E,
+        weights.up_FD,
+        weights.gate_FD,
+        weights.up_bias_F,
+        weights.gate_bias_F,
+        call.constants,
+        hidden_F,
+        active_E,
+        arrived,
+        call.tau,
+        neurons,
+        D=width,
+        ROUTER_D=call.router_ED.shape[1],
+        **hidden_constants(call),
+        EXPERT_SIZE=call.expert_size,
+        COUNTERS=len(arrived),
+        ROWS=config.up_rows,
+        BLOCK=config.up_block,
+        STAGES=config.up_stages,
+        **launch_options(hidden_F.device, config.up_warps),
+    )
+    return hidden_F
+
+
+def _project_down(
+    call: SparseFfnCall, hidden_F: Tensor, active_E: Tensor, arrived: Tensor, config: DecodeConfig
+) -> Tensor:
+    """Launch 2: the output, of the active experts' rows."""
+    weights, device = call.weights, hidden_F.device
+    out_width, experts = weights.down_DF.shape[0], len(active_E)
+    partial = torch.empty(config.down_splits * out_width, dtype=torch.float32, device=device)
+    y_D = torch.empty((*call.x_D.shape[:-1], out_width), dtype=weights.up_FD.dtype, device=device)
+    down[(len(arrived), config.down_splits)](
+        hidden_F,
+        active_E,
+        weights.down_DF,
+        weights.down_bias_D,
+        partial,
+        arrived,
+        y_D,
+        len(hidden_F),
+        D=out_width,
+        EXPERTS=experts,
+        EXPERTS_PADDED=triton.next_power_of_2(experts),
+        EXPERT_SIZE=call.expert_size,
+        ROWS=config.down_rows,
+        BLOCK=config.down_block,
+        SPLITS=config.down_splits,
+        STAGES=config.down_stages,
+        **launch_options(device, config.down_warps),
+    )
     return y_D

@@ -22,10 +22,8 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.decode_list_kernels import compute_hidden, project_down, score_expert
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.kernels.triton_launch import gpu_of, launch_options, tokens_of
+from lte_compile.kernels.triton_launch import gpu_of, hidden_constants, launch_options, tokens_of
 
 MAX_TOKENS = 4  # every token's sums stay in registers
 MAX_WIDTH = 8192  # so does a whole token
@@ -105,7 +103,7 @@ def _score(call: SparseFfnCall, selected_E: Tensor, arrived: Tensor, config: Lis
 
 def _hidden(call: SparseFfnCall, x_TD: Tensor, selected_E: Tensor, config: ListConfig) -> Tensor:
     """Launch 2: hidden values [T, F] of active experts, the rest unset."""
-    weights, activation, (tokens, width) = call.weights, call.activation, x_TD.shape
+    weights, (tokens, width) = call.weights, x_TD.shape
     neurons, padded = len(weights.up_FD), triton.next_power_of_2(len(selected_E))
     hidden_TF = torch.empty(tokens, neurons, dtype=torch.float32, device=x_TD.device)
     programs = gpu_of(x_TD.device).multiprocessors * config.up_programs
@@ -125,13 +123,10 @@ def _hidden(call: SparseFfnCall, x_TD: Tensor, selected_E: Tensor, config: ListC
         D=width,
         WIDTH=triton.next_power_of_2(width),
         TOKENS=triton.next_power_of_2(tokens),
-        ROW_STRIDE=weights.up_FD.stride(0),
-        BIAS_STRIDE=1 if weights.up_bias_F is None else weights.up_bias_F.stride(0),
+        **hidden_constants(call),
         EXPERTS=len(selected_E),
         EXPERTS_PADDED=padded,
         EXPERT_SIZE=call.expert_size,
-        ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-        IS_PROGRAM=is_program(activation),
         STAGES=config.up_stages,
         **launch_options(x_TD.device, config.up_warps, config.early),
     )

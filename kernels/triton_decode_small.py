@@ -21,10 +21,8 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.decode_small_kernels import append_features, project_hidden, route_hidden
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.kernels.triton_launch import launch_options
+from lte_compile.kernels.triton_launch import hidden_constants, launch_options
 
 # SmolLM2-135M's layer has 5.3 MB (docs/kernels.md). The few programs of launch 2 would take long to read more.
 MAX_BYTES = 6_000_000
@@ -43,9 +41,8 @@ class SmallConfig:
 
 def is_small(call: SparseFfnCall) -> bool:
     """Whether the layer is as small as these kernels are made for."""
-    up_FD, gate_FD, down_DF, *_ = call.weights
-    layer_bytes = up_FD.nbytes + down_DF.nbytes + (0 if gate_FD is None else gate_FD.nbytes)
-    return layer_bytes <= MAX_BYTES and max(up_FD.shape[1], call.router_ED.shape[1]) <= MAX_WIDTH
+    widest = max(call.weights.up_FD.shape[1], call.router_ED.shape[1])
+    return call.weights.nbytes <= MAX_BYTES and widest <= MAX_WIDTH
 
 
 def sparse_ffn_decode_small(call: SparseFfnCall, config: SmallConfig | None = None) -> Tensor:
@@ -74,10 +71,9 @@ def sparse_ffn_decode_small(call: SparseFfnCall, config: SmallConfig | None = No
 
 def _hidden(call: SparseFfnCall) -> Tensor:
     """Launch 1: hidden values [F] in fp32, 0 where the expert is not active."""
-    weights, activation = call.weights, call.activation
+    weights = call.weights
     (neurons, width), router_width = weights.up_FD.shape, call.router_ED.shape[1]
     hidden_F = torch.empty(neurons, dtype=torch.float32, device=call.x_D.device)
-    bias_F = weights.up_bias_F if weights.up_bias_F is not None else weights.gate_bias_F
     route_hidden[(neurons,)](
         call.x_D.contiguous(),
         call.router_input.contiguous(),
@@ -94,11 +90,8 @@ def _hidden(call: SparseFfnCall) -> Tensor:
         WIDTH=triton.next_power_of_2(width),
         ROUTER_D=router_width,
         ROUTER_WIDTH=triton.next_power_of_2(router_width),
-        ROW_STRIDE=weights.up_FD.stride(0),
-        BIAS_STRIDE=1 if bias_F is None else bias_F.stride(0),
+        **hidden_constants(call),
         EXPERT_SIZE=call.expert_size,
-        ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-        IS_PROGRAM=is_program(activation),
         **launch_options(hidden_F.device, 1, early=True),
     )
     return hidden_F

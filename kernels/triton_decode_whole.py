@@ -21,11 +21,9 @@ import triton
 from torch import Tensor
 
 from lte_compile.kernels.decode_whole_kernels import project_selected, score_and_compute
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.skipping_cost import LARGE_UP_BYTES
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.kernels.triton_launch import gpu_of, launch_options
+from lte_compile.kernels.triton_launch import gpu_of, hidden_constants, launch_options
 
 THREAD_BYTES = 128
 
@@ -54,11 +52,10 @@ SMALL_LAYERS = (
 
 def default_config(call: SparseFfnCall) -> WholeConfig:
     """For a layer; a thread of either launch holds about 128 bytes of weights at a time."""
-    up_FD, gate_FD, down_DF, *_ = call.weights
+    up_FD, gate_FD, *_ = call.weights
     width, item = up_FD.shape[1], up_FD.element_size()
     if up_FD.nbytes < LARGE_UP_BYTES:
-        layer_bytes = up_FD.nbytes + down_DF.nbytes + (0 if gate_FD is None else gate_FD.nbytes)
-        small = next(config for most, config in SMALL_LAYERS if layer_bytes <= most)
+        small = next(config for most, config in SMALL_LAYERS if call.weights.nbytes <= most)
         return replace(small, down_rows=2 * small.down_rows // item)
     base, thread = WholeConfig(), THREAD_BYTES // item
     up_rows = 1 if gate_FD is not None else 2
@@ -104,9 +101,8 @@ def _score_and_compute(
     call: SparseFfnCall, hidden_F: Tensor, selected_E: Tensor, arrived: Tensor, config: WholeConfig
 ) -> None:
     """Launch 1; clears the counters of launch 2."""
-    weights, activation, (neurons, width) = call.weights, call.activation, call.weights.up_FD.shape
+    weights, (neurons, width) = call.weights, call.weights.up_FD.shape
     experts, router_width = call.router_ED.shape
-    bias_F = weights.up_bias_F if weights.up_bias_F is not None else weights.gate_bias_F
     routed = config.up_rows if weights.gate_FD is None else 2 * config.up_rows
     programs = triton.cdiv(experts, routed) + triton.cdiv(neurons, config.up_rows)
     score_and_compute[(programs,)](
@@ -128,11 +124,8 @@ def _score_and_compute(
         WIDTH=triton.next_power_of_2(width),
         ROUTER_D=router_width,
         ROUTER_WIDTH=triton.next_power_of_2(router_width),
-        ROW_STRIDE=weights.up_FD.stride(0),
-        BIAS_STRIDE=1 if bias_F is None else bias_F.stride(0),
+        **hidden_constants(call),
         EXPERTS=experts,
-        ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-        IS_PROGRAM=is_program(activation),
         COUNTERS=len(arrived),
         ROWS=config.up_rows,
         ROUTED=routed,

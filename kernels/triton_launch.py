@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte_compile.kernels.program import is_program
+from lte_compile.kernels.program_triton import generated_kernel
+from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -43,3 +47,16 @@ def launch_options(device: torch.device, warps: int, early: bool = False, lets_n
     if gpu_of(device).dependent_launch:
         return {"num_warps": warps, "DEPENDENT": 1 + early + lets_next, "launch_pdl": True}
     return {"num_warps": warps, "DEPENDENT": 0}
+
+
+def hidden_constants(call: SparseFfnCall) -> dict[str, Any]:
+    """Constants of every kernel that reads up and gate as they lie and computes hidden values: the neurons of both have
+    equal strides, and so have their biases."""
+    weights, activation = call.weights, call.activation
+    bias_F = weights.up_bias_F if weights.up_bias_F is not None else weights.gate_bias_F
+    return {
+        "ROW_STRIDE": weights.up_FD.stride(0),
+        "BIAS_STRIDE": 1 if bias_F is None else bias_F.stride(0),
+        "ACTIVATION": generated_kernel(activation) if is_program(activation) else activation,
+        "IS_PROGRAM": is_program(activation),
+    }

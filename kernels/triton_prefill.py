@@ -23,11 +23,9 @@ from torch import Tensor
 from lte_compile.kernels.grouped_tile import GroupedTile, grouped_tile
 from lte_compile.kernels.many_tokens import beside, rejoin, router_parts, router_product
 from lte_compile.kernels.prefill_kernels import listed_up
-from lte_compile.kernels.program import is_program
-from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 from lte_compile.kernels.token_lists import TokenLists, list_tokens
-from lte_compile.kernels.triton_launch import tokens_of
+from lte_compile.kernels.triton_launch import hidden_constants, tokens_of
 
 
 def sparse_ffn_prefill(call: SparseFfnCall, config: GroupedTile | None = None) -> Tensor:
@@ -52,8 +50,7 @@ def sparse_ffn_prefill(call: SparseFfnCall, config: GroupedTile | None = None) -
 
 
 def _listed_up(call: SparseFfnCall, x_TD: Tensor, lists: TokenLists, hidden_TF: Tensor, config: GroupedTile) -> None:
-    weights, activation, experts = call.weights, call.activation, len(lists.counts_E)
-    bias_F = weights.up_bias_F if weights.up_bias_F is not None else weights.gate_bias_F
+    weights, experts = call.weights, len(lists.counts_E)
     listed_up[(multiprocessors(x_TD.device) * config.programs_per_sm,)](
         x_TD,
         lists.tokens_ET,
@@ -66,13 +63,10 @@ def _listed_up(call: SparseFfnCall, x_TD: Tensor, lists: TokenLists, hidden_TF: 
         hidden_TF,
         *hidden_TF.shape,
         D=x_TD.shape[1],
-        ROW_STRIDE=weights.up_FD.stride(0),
-        BIAS_STRIDE=1 if bias_F is None else bias_F.stride(0),
+        **hidden_constants(call),
         EXPERTS=experts,
         EXPERTS_PADDED=triton.next_power_of_2(experts),
         EXPERT_SIZE=call.expert_size,
-        ACTIVATION=generated_kernel(activation) if is_program(activation) else activation,
-        IS_PROGRAM=is_program(activation),
         TOKENS=config.tokens,
         NEURONS=config.neurons,
         BLOCK=config.block,

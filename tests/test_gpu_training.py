@@ -47,22 +47,27 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
     return float(torch.stack(gaps).norm())
 
 
-def test_played_back_steps_give_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = 0
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every step so far, whether a recording was played back."""
+    steps: list[bool] = []
     backward = StepGraph.backward
 
     def counted(*arguments: Any) -> Any:
-        nonlocal played
         loss = backward(*arguments)
-        played += loss is not None
+        steps.append(loss is not None)
         return loss
 
     monkeypatch.setattr(StepGraph, "backward", counted)
+    return steps
+
+
+def test_played_back_steps_give_the_same_training(played: list[bool]) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         model, events = _train(compile=True)
     assert not [warning for warning in seen if "CUDA graph" in str(warning.message)]
-    assert played > 8  # of about 20 whole batches, three in each stage come before
+    assert sum(played) > 8  # of about 20 whole batches, three in each stage come before
     expected, expected_events = _train(compile=False)
     # Thirty steps of float32 rounding, in another order; a score near tau may fall on its other side.
     assert [e.loss for e in events] == pytest.approx([e.loss for e in expected_events], rel=1e-3)
@@ -70,22 +75,14 @@ def test_played_back_steps_give_the_same_training(monkeypatch: pytest.MonkeyPatc
     assert _distance(model, expected) < 0.1 * _distance(start, expected)
 
 
-def test_padded_texts_of_a_few_lengths_are_played_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = 0
-    backward = StepGraph.backward
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal played
-        loss = backward(*arguments)
-        played += loss is not None
-        return loss
-
-    monkeypatch.setattr(StepGraph, "backward", counted)
+def test_padded_texts_of_a_few_lengths_are_played_back(played: list[bool]) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         losses, densities = _train_classifier(step_graphs=True)
     assert not [warning for warning in seen if "CUDA graph" in str(warning.message)]
-    assert played > 30  # of 60 steps; three of each of four shapes come before, and epochs' last batches are smaller
+    assert (
+        sum(played) > 30
+    )  # of 60 steps; three of each of four shapes come before, and epochs' last batches are smaller
     expected, expected_densities = _train_classifier(step_graphs=False)
     assert losses == pytest.approx(expected, rel=1e-2)  # float32 sums in another order, over sixty steps
     assert densities == pytest.approx(expected_densities, abs=0.02)
