@@ -4,11 +4,13 @@
 
 The op runs through the table, told the density that the inputs meet. The dense layer is F.linear or torch.compile, with
 or without max-autotune, whichever is fastest for the number of tokens; it and the op take turns (benchmarks.replays).
+What the output holds of other workloads is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -133,6 +135,21 @@ def plot(points: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def earlier_report(path: Path | None, names: list[str]) -> dict[str, Any]:
+    """What a report holds of other workloads than `names`: their points, and the device that each was measured on."""
+    if path is None or not path.exists():
+        return {"devices": {}, "points": []}
+    report = json.loads(path.read_text())
+    points = [point for point in report["points"] if point["workload"] not in names]
+    return {"devices": {name: report["devices"][name] for name in {p["workload"] for p in points}}, "points": points}
+
+
+def point_of(entry: dict[str, Any]) -> Point:
+    """A point of a report."""
+    timings = {name: Timing(**entry[name]) for name in ("op", "dense")}
+    return Point(**{key: value for key, value in (entry | timings).items() if key != "ratio"})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
@@ -148,10 +165,11 @@ def main() -> int:
     torch.manual_seed(0)
     device, autotune_until = device_facts(), time.perf_counter() + options.autotune_seconds
     console.print(device)
-    report: dict[str, Any] = {"device": device, "dtype": str(DTYPE), "expert_size": EXPERT_SIZE, "points": []}
-    points: list[Point] = []
+    report = {"dtype": str(DTYPE), "expert_size": EXPERT_SIZE, **earlier_report(options.output, options.workloads)}
+    points = [point_of(entry) for entry in report["points"]]
     for work in (work for work in (*WORKLOADS, BETWEEN) if work.name in options.workloads):
         base, grid = [make_layer(work) for _ in range(work.layers)], GRIDS[work.name]
+        report["devices"][work.name] = device
         for tokens in grid.tokens:
             started = time.perf_counter()
             layers = with_tokens(base[: FEW_LAYERS if tokens >= FEW_LAYERS_FROM else None], tokens)

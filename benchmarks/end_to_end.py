@@ -129,9 +129,11 @@ class Decoder:
         return max(errors)
 
 
+@torch.no_grad()  # as when the step was compiled
 def kernel_times(decoder: Decoder, step: Step, tokens: int = 4, listed: int = 12) -> dict[str, float]:
     """Where a token's time goes, by kernel name, launches of a name added up."""
     decoder.prefill()
+    torch.cuda.synchronize()  # the prompt's kernels are not a token's
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for position in range(PROMPT, PROMPT + tokens):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]

@@ -44,11 +44,11 @@ WHOLE_SMALL_LAYERS = ((6e6, 0.1), (10e6, 0.3), (20e6, 0.5))
 # What the device reads in the 5 us that the batch kernel's launches take longer (SmolLM2-135M, 8 tokens, H200).
 LEAST_SAVED_BYTES = 20e6
 MASKING = "dense with zeroed gates is faster"
-# Router, up and gate in one launch, over dense on an H100: 576 x 1536 (5 MB) .74 to 1.01 from 8 to 8192 tokens, 1024 x
-# 2816 (17 MB) .81 to 1.04 up to 512 tokens and 1.14 at 2048; GPT-2's plain FFN (9 MB) .97 to 1.03 up to 128 tokens and
-# 1.19 at 512, where dense products with zeroed gates take 1.25.
+# Router, up and gate in one launch, over dense on an H100: 576 x 1536 (5 MB) .74 to 1.07 from 8 to 8192 tokens, 1024 x
+# 2816 (17 MB) .81 to 1.05 up to 512 tokens and 1.14 at 2048; GPT-2's plain FFN (9 MB) .97 to 1.02 at 32 and 128 tokens
+# and 1.14 at 512, where dense products with zeroed gates take 1.22. At 8 these take 1.00, and one launch 1.02.
 TINY_LAYER_BYTES, SMALL_LAYER_BYTES = 6e6, 20e6
-MAX_FUSED_TOKENS = 512
+MAX_FUSED_TOKENS, LEAST_PLAIN_TOKENS = 512, 9
 # A choice that rests on an estimate should win by more than the estimate may be wrong.
 LEAST_GAIN = 1.04
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -183,6 +183,8 @@ def _refuse_fused(request: Request) -> str | None:
         return "serves x, router and projections of one half-precision type"
     if request.own_router_input:
         return "the router must read what the FFN reads"
+    if not request.gated and request.tokens < LEAST_PLAIN_TOKENS:
+        return f"{request.tokens} tokens of a plain FFN: {MASKING}"
     layer_bytes = _layer_bytes(request)
     if layer_bytes > SMALL_LAYER_BYTES:
         return f"serves layers up to {SMALL_LAYER_BYTES / 1e6:.0f} MB; this one has {layer_bytes / 1e6:.0f} MB"

@@ -45,7 +45,7 @@ class MaskConfig:
     chunk: int | None = None  # tokens
 
 
-# The fastest of 13 to 15 ways for 4096 x 11008 at each number of tokens (one H100, docs/kernels.md).
+# By the first number of tokens. The fastest of 13 to 15 ways for 4096 x 11008 (one H100, docs/kernels.md).
 _FORWARD = MaskConfig(elements=1024, warps=4, from_end=False, in_gate=True)
 _CHUNKED = replace(_FORWARD, router_beside=False, up_beside=False, parts=2, chunk=1024)
 LARGE_LAYER = {
@@ -54,17 +54,18 @@ LARGE_LAYER = {
     1024: replace(_FORWARD, router_beside=False, parts=2),
     512: replace(_FORWARD, parts=4),
 }
-LARGE_LAYER_BYTES = 100e6  # LLaMA-2-7B's layer has 270 MB; 1024 x 2816 with 17 MB is faster as it is
-# GPT-2's layer from 512 tokens on.
-PLAIN_LAYER, PLAIN_TOKENS = MaskConfig(router_beside=False, up_beside=False, finishes=True), 512
+LARGE_LAYER_BYTES = 100e6  # LLaMA-2-7B's layer has 270 MB, 1024 x 2816 17 MB
+# GPT-2's layer, and 1024 x 2816 with 2048 tokens: the fastest of 13 to 16 ways.
+PLAIN_LAYER = {512: MaskConfig(router_beside=False, up_beside=False, finishes=True)}
+GATED_LAYER = {8192: MaskConfig(), 2048: replace(_FORWARD, parts=2)}
 
 
 def default_config(call: SparseFfnCall) -> MaskConfig:
     """For a layer and a number of tokens."""
+    small = PLAIN_LAYER if call.weights.gate_FD is None else GATED_LAYER
+    configs = LARGE_LAYER if call.weights.nbytes >= LARGE_LAYER_BYTES else small
     tokens = len(tokens_of(call.x_D))
-    if call.weights.nbytes >= LARGE_LAYER_BYTES:
-        return next((config for first, config in LARGE_LAYER.items() if tokens >= first), MaskConfig())
-    return PLAIN_LAYER if call.weights.gate_FD is None and tokens >= PLAIN_TOKENS else MaskConfig()
+    return next((config for first, config in configs.items() if tokens >= first), MaskConfig())
 
 
 class _Scratch(NamedTuple):

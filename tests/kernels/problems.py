@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,6 +129,23 @@ def interleaved(call: SparseFfnCall) -> SparseFfnCall:
 
 def widen(weights: FfnWeights) -> FfnWeights:
     return FfnWeights._make(None if t is None else t.double() for t in weights)
+
+
+def away_from_threshold(call: SparseFfnCall) -> SparseFfnCall:
+    """The same call with router biases (fp32) that put tau between two tokens' scores, in the widest gap nearby, so
+    that rounding does not decide which experts are active."""
+    logits_TE = (call.x_D.flatten(0, -2).double() @ call.router_ED.double().t()).sort(0).values
+    logits_TE = torch.cat([logits_TE[:1] - 1, logits_TE, logits_TE[-1:] + 1])
+    threshold, bias_E = math.log(call.tau / (1 - call.tau)), call.router_bias_E
+    shift_E = 0.0 if bias_E is None else bias_E.double()
+    widest_E = []
+    for logit_T, above in zip(logits_TE.t(), (logits_TE + shift_E < threshold).sum(0).tolist(), strict=True):
+        nearby = min(4, len(logit_T) // 8)  # tokens that may change sides
+        first = max(0, min(above, len(logit_T) - 1) - 1 - nearby)
+        gaps = logit_T[first : first + 2 * nearby + 2].diff()
+        widest = first + int(gaps.argmax())
+        widest_E.append(threshold - float(logit_T[widest : widest + 2].mean()))
+    return call._replace(router_bias_E=torch.tensor(widest_E, device=call.x_D.device))
 
 
 def in_float64(call: SparseFfnCall) -> SparseFfnCall:

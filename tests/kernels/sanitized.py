@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import partial
 from itertools import product
 
 import torch
 
 from lte_compile.kernels.lowering import choose, describe
-from lte_compile.kernels.masked_dense import sparse_ffn_masked_dense
+from lte_compile.kernels.masked_dense import MaskConfig, sparse_ffn_masked_dense
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, sparse_ffn_reference
 from lte_compile.kernels.triton_batch import sparse_ffn_batch
 from lte_compile.kernels.triton_decode import sparse_ffn_two_launches
@@ -36,6 +37,7 @@ FOR_LARGE_LAYERS: dict[str, tuple[int, Kernel]] = {
     "triton-batch": (5, sparse_ffn_batch),
     "triton-prefill": (300, sparse_ffn_prefill),
     "masked-dense": (300, sparse_ffn_masked_dense),
+    "chunked-dense": (300, partial(sparse_ffn_masked_dense, config=MaskConfig(chunk=128))),
 }
 SIZES = [(37, 61, 12), (64, 96, 32), (8, 11, 1)]  # width, neurons, expert size
 DTYPES = [torch.float32, torch.bfloat16]

@@ -113,6 +113,8 @@ GPT2 = LLAMA._replace(width=768, neurons=3072, experts=96, gated=False)
         (GPT2._replace(tokens=1, density=0.3), "triton-whole"),
         (SMOL._replace(width=1024, neurons=2816, tokens=512), "triton-fused"),
         (SMOL._replace(width=1024, neurons=2816, tokens=2048), "masked-dense"),
+        (GPT2._replace(tokens=8), "masked-dense"),
+        (GPT2._replace(tokens=32), "triton-fused"),
         (GPT2._replace(tokens=512), "triton-fused"),
         (GPT2._replace(tokens=513), "masked-dense"),
     ],
