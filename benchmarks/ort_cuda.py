@@ -235,11 +235,13 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
-def measurements(names: Sequence[str], bandwidth: float, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def measurements(
+    names: Sequence[str], tokens: Sequence[int], bandwidth: float, folder: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where in the report each line belongs, and the line."""
     for work in (work for work in WORKLOADS if work.name in names):
-        for tokens in TOKENS:
-            yield from (("ffns", asdict(row)) for row in measure(work, tokens, bandwidth))
+        for count in tokens:
+            yield from (("ffns", asdict(row)) for row in measure(work, count, bandwidth))
     if "decoder" in names:
         lines = chain(measure_decoders(folder), measure_graphs(folder))
         yield from (("decoder", line) for line in lines)
@@ -250,6 +252,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     names = [*(work.name for work in WORKLOADS), "decoder"]
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="what to measure; nothing: export only")
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS, help="at once, of FFNs (default: 1 8 512)")
     parser.add_argument("--folder", type=Path, help="where the decoders' files stay, and are found again")
     arguments = parser.parse_args()
     if PROVIDER not in ort.get_available_providers():
@@ -260,15 +263,15 @@ def main() -> int:
         if not arguments.only:
             export_decoders(folder)
         else:
-            report_on(arguments.only, folder, arguments.output)
+            report_on(arguments.only, arguments.tokens, folder, arguments.output)
     return 0
 
 
-def report_on(names: Sequence[str], folder: Path, output: Path | None) -> None:
+def report_on(names: Sequence[str], tokens: Sequence[int], folder: Path, output: Path | None) -> None:
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"environment": asdict(describe_environment()), "onnxruntime": ort.__version__}
     report |= {"gpu": torch.cuda.get_device_name(), "copy_GB_per_s": bandwidth / 1e9, "ffns": [], "decoder": []}
-    for place, line in measurements(names, bandwidth, folder):
+    for place, line in measurements(names, tokens, bandwidth, folder):
         report[place].append(line)
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()

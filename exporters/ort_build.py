@@ -66,7 +66,8 @@ def find_compiler(name: str | None = None) -> str:
         if found := shutil.which(candidate):
             return found
     if wanted:
-        raise ValueError(f"there is no compiler {wanted!r}; give the name or path of a C++17 compiler")
+        origin = "" if name else ", which CXX names"
+        raise ValueError(f"there is no compiler {wanted!r}{origin}; give the name or path of a C++17 compiler")
     raise ValueError(f"no C++ compiler found (tried {', '.join(_COMPILERS)}); install one, such as Debian's g++")
 
 

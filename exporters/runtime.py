@@ -15,11 +15,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import (
+    EPFail,
     Fail,
     InvalidArgument,
     InvalidGraph,
     InvalidProtobuf,
     NoSuchFile,
+    RuntimeException,
 )
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByOrt
 
@@ -35,8 +37,18 @@ _DTYPES: Final[Mapping[str, type[np.generic]]] = {
     "tensor(bool)": np.bool_,
 }
 _PROVIDERS: Final[Mapping[str, str]] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# What onnxruntime raises where it cannot load a model or a library; they share no base but Exception.
-_REFUSALS: Final = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplementedByOrt)
+# What onnxruntime raises where it cannot load a model, a library or a provider; they share no base but Exception.
+_REFUSALS: Final = (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplementedByOrt,
+    RuntimeError,
+    RuntimeException,
+)
 
 
 def open_session(
@@ -51,26 +63,50 @@ def open_session(
     `custom_ops` is a library of `SparseFFN` kernels; without one the file's own function runs.
 
     Raises:
-        ValueError: another device, or one this onnxruntime was not built for; no such library; a file or library that
-            onnxruntime refuses, such as bfloat16 on a CPU.
+        ValueError: another device, one this onnxruntime was not built for, or one that it cannot use here; no such
+            library; a file or library that onnxruntime refuses, such as bfloat16 on a CPU.
     """
-    providers, library = _providers(device), None if custom_ops is None else _existing(custom_ops)
-    options = ort.SessionOptions()
+    providers, options = _providers(device), ort.SessionOptions()
+    if custom_ops is not None:
+        register_library(options, custom_ops)
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        if library is not None:
-            options.register_custom_ops_library(library)
-        return ort.InferenceSession(fspath(path), options, providers=providers)
+        # Without ONNX Runtime's fallback, which prints the error and goes on with the CPU.
+        session = ort.InferenceSession(fspath(path), options, providers=providers, enable_fallback=0)
     except _REFUSALS as error:
-        raise ValueError(f"onnxruntime {ort.__version__} cannot run {fspath(path)} on {device}: {error}") from error
+        said = f"onnxruntime {ort.__version__} cannot run {fspath(path)} on {device}: {_advice(error, device)}{error}"
+        raise ValueError(said) from error
+    if _PROVIDERS[device] not in session.get_providers():  # it only warns where CUDA's libraries are missing
+        raise ValueError(
+            f"onnxruntime {ort.__version__} could not start {_PROVIDERS[device]}, and its warning says why; check the "
+            'GPU, its driver and CUDA\'s libraries (pip install "onnxruntime-gpu[cuda,cudnn]"), or use cpu'
+        )
+    return session
 
 
-def _existing(library: str | PathLike[str]) -> str:
+def _advice(error: BaseException, device: str) -> str:
+    """What to do, where ONNX Runtime's own words do not say it."""
+    if "is under development" in str(error):  # of an opset that is newer than the release
+        return "export it with a lower opset for this release; "
+    if isinstance(error, NotImplementedByOrt) and device == "cpu":  # of a type, most often bfloat16
+        return "export it in float32 or float16 for a CPU; "
+    return ""
+
+
+def register_library(options: ort.SessionOptions, library: str | PathLike[str]) -> None:
+    """Sessions with these options will use the library's kernels.
+
+    Raises:
+        ValueError: no such file, or none that onnxruntime can load.
+    """
     path = fspath(library)
     if not isfile(path):
         raise ValueError(f"{path}: no such library of custom operators; leave it out to run the file's own function")
-    return path
+    try:
+        options.register_custom_ops_library(path)
+    except _REFUSALS as error:
+        raise ValueError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
 
 
 def _providers(device: str) -> list[str]:

@@ -42,7 +42,7 @@ def build_ort_library(
     minute or two the first time; the machine code is kept in the cache.
 
     Raises:
-        ValueError: no such compiler, the folder cannot be written, or CUDA kernels without Triton.
+        ValueError: no such compiler, the folder or the cache cannot be written, or CUDA kernels without Triton.
         RuntimeError: a compiler failed.
     """
     target = _cached() if out is None else Path(out) / LIBRARY
@@ -63,7 +63,13 @@ def _wants_cuda(asked: bool | None) -> bool:
 
 def _images() -> Path:
     """Machine code of the CUDA kernels, from the cache where it is there already."""
-    return cached_directory(f"ort-images/{ort_images.digest()}", _compile_images)
+    try:
+        return cached_directory(f"ort-images/{ort_images.digest()}", _compile_images)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into the cache {cache_root()}, which keeps CUDA kernels: {error.strerror}; "
+            "set LTE_COMPILE_CACHE to another folder, or leave the CUDA kernels out"
+        ) from error
 
 
 def _compile_images(folder: Path) -> None:

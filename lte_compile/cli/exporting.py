@@ -14,6 +14,7 @@ from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import find_model
 from lte_compile.exporters.files import check_writable
 from lte_compile.exporters.report import OnnxReport
+from lte_compile.exporters.runtime import register_library
 from lte_compile.loading import check_generates, is_transformed, load_model
 from lte_compile.onnx_api import export_onnx
 from lte_compile.onnx_folders import ONNX_RUNTIME, TARGETS, FolderReport, check_target, export_folder
@@ -82,6 +83,8 @@ def _check(settings: ExportSettings) -> None:
             custom_ops=settings.custom_ops,
             overwrite=settings.overwrite,
         )
+        if settings.custom_ops is not None:
+            register_library(onnxruntime.SessionOptions(), settings.custom_ops)  # before minutes of other work
         return
     if settings.target != ONNX_RUNTIME or settings.custom_ops is not None:
         raise ValueError(f"--target and --custom-ops describe a folder; name one instead of the file {settings.out}")

@@ -91,8 +91,18 @@ def _check(settings: GenerateSettings) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1; got {settings.max_new_tokens}")
     if settings.onnx is not None and not settings.onnx.is_file():
         raise ValueError(f"{settings.onnx}: no such file")
+    _check_model(Path(settings.model).expanduser(), settings.runtime)
     if settings.runtime == "torch" and (settings.onnx is not None or settings.custom_ops is not None):
         raise ValueError("--onnx and --custom-ops are for --runtime ort; add it, or leave them out")
+
+
+def _check_model(path: Path, runtime: str) -> None:
+    """Of what export wrote, the folder is what --runtime ort takes for a model."""
+    if path.is_file() and path.suffix == ".onnx":
+        raise ValueError(f"{path} is a file; name the folder it was exported to, or the model and --onnx {path}")
+    is_export = any(path.glob("*.onnx")) and not (path / "config.json").is_file()
+    if runtime == "torch" and is_export:
+        raise ValueError(f"{path} is an export, which torch does not run; add --runtime ort")
 
 
 @contextmanager

@@ -7,16 +7,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 
-from lte_compile.cli.preparing import find_model, pick_device
+from lte_compile.cli.preparing import find_model
 from lte_compile.exporters.genai import CONFIG_NAME
 from lte_compile.exporters.runtime import OrtGenerator, open_session
 from lte_compile.loading import check_causal_lm, load_model
 from lte_compile.onnx_api import export_onnx
 from lte_compile.onnx_folders import MODEL_FILE
+from lte_compile.onnx_seq2seq import DECODER_FILE
 from lte_compile.progress import TrainingProgress
 
 # max_new_tokens, the prompt, what gets every token as it comes.
@@ -30,13 +32,16 @@ def opened(model: str, file: Path | None, custom_ops: Path | None, device: str) 
     Args:
         model: a folder written by `lte-compile export --kv-cache`, or a model as for the other commands.
         file: ONNX file to run; by default the folder's own, or the model exported to a temporary one.
+        custom_ops: library of kernels; by default the one that the folder was exported with.
 
     Raises:
-        ValueError: no decoder, a file without a cache, or no such library.
+        ValueError: no decoder, or an encoder-decoder; a file without a cache; no such library.
     """
     folder = Path(model).expanduser()
+    if file is None and (folder / DECODER_FILE).is_file():
+        raise ValueError(f"{folder} is an encoder-decoder; OrtSeq2SeqGenerator runs it (docs/serving.md)")
     if file is None and (folder / MODEL_FILE).is_file():
-        yield folder, _decoder(folder, folder / MODEL_FILE, custom_ops, device)
+        yield folder, _decoder(folder, folder / MODEL_FILE, custom_ops or _own_library(folder), device)
         return
     with tempfile.TemporaryDirectory(prefix="lte-compile-") as scratch:
         with TrainingProgress() as progress:
@@ -68,20 +73,35 @@ def _decoder(path: Path, file: Path, custom_ops: Path | None, device: str) -> De
     return decode
 
 
+def _own_library(folder: Path) -> Path | None:
+    """The library that the folder's configuration names, which GenAI loads too."""
+    config = _read(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    name = config.get("model", {}).get("decoder", {}).get("session_options", {}).get("custom_ops_library")
+    return None if name is None else folder / name
+
+
 def _device(name: str) -> str:
     """ "cpu" or "cuda"; "auto" is a GPU where torch sees one and this onnxruntime can use it."""
-    kind = pick_device(name).type
-    if name == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "cpu"
-    return kind
+    if name != "auto":
+        return name  # open_session says what it cannot do; torch may have been built without CUDA
+    has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "cuda" if has_provider and torch.cuda.is_available() else "cpu"
 
 
 def _end_tokens(path: Path) -> Iterator[int]:
     """The tokens that end a text, as the export or else transformers' generate() knows them."""
     for name in (CONFIG_NAME, "generation_config.json", "config.json"):
         file = path / name
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        record = _read(file) if file.is_file() else {}
         ends = record.get("model", record).get("eos_token_id")
         if ends is not None:
             yield from ends if isinstance(ends, list) else [ends]
             return
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}; export the model again") from error
+    return record

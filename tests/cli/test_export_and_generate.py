@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,52 @@ def test_generate_refuses_bad_options(run: Run, llama: Path, options: tuple[obje
     result = run("generate", llama, PROMPT, *options)
     assert result.exit_code == 2
     assert says in result.stderr
+
+
+def test_generate_says_how_to_run_what_export_wrote(run: Run, exported: dict[str, Any], tmp_path: Path) -> None:
+    in_torch = run("generate", exported["folder"], PROMPT)
+    assert (in_torch.exit_code, "is an export, which torch does not run; add --runtime ort" in in_torch.stderr) == (
+        2,
+        True,
+    )
+    file = run("generate", exported["file"], PROMPT, "--runtime", "ort")
+    assert (file.exit_code, "name the folder it was exported to" in file.stderr) == (2, True)
+    (tmp_path / "model.onnx").write_bytes(Path(exported["file"]).read_bytes())
+    (tmp_path / "genai_config.json").write_text("{")
+    damaged = run("generate", tmp_path, PROMPT, "--runtime", "ort")
+    assert (damaged.exit_code, "genai_config.json is not JSON" in damaged.stderr) == (2, True)
+    (tmp_path / "model.onnx").rename(tmp_path / "decoder_model.onnx")
+    pair = run("generate", tmp_path, PROMPT, "--runtime", "ort")
+    assert (pair.exit_code, "is an encoder-decoder; OrtSeq2SeqGenerator runs it" in pair.stderr) == (2, True)
+
+
+def test_a_folder_is_run_with_the_library_that_it_names(run: Run, exported: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    shutil.copytree(exported["folder"], folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = "kernels.so"
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    refused = run("generate", folder, PROMPT, "--runtime", "ort")
+    assert (refused.exit_code, f"{folder / 'kernels.so'}: no such library" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_onnx_runtime_is_asked_for_the_device_and_not_torch(run: Run, exported: dict[str, Any], device: str) -> None:
+    refused = run("generate", exported["folder"], PROMPT, "--runtime", "ort", "--device", device)
+    assert refused.exit_code == 2
+    says = "has no CUDAExecutionProvider" if device == "cuda" else "device must be one of cpu, cuda"
+    assert says in refused.stderr
+
+
+def test_a_library_that_cannot_be_loaded_is_refused_before_the_export(
+    run: Run, trained_llama: Path, tmp_path: Path
+) -> None:
+    library = tmp_path / "library.so"
+    library.write_bytes(b"no library")
+    refused = run("export", trained_llama, tmp_path / "served", "--kv-cache", "--custom-ops", library)
+    assert refused.exit_code == 2
+    assert f"cannot load {library}" in refused.stderr
+    assert list(tmp_path.iterdir()) == [library]
 
 
 def test_generate_refuses_an_encoder_and_an_empty_prompt(run: Run, bert: Path, llama: Path) -> None:

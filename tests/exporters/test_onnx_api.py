@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,17 @@ def test_bfloat16_passes_the_checker(classifier: nn.Module, tmp_path: Path) -> N
     onnx.checker.check_model(proto, full_check=True)
     assert proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
     assert len(report.sparse) == 1
-    with pytest.raises(ValueError, match=r"onnxruntime [\d.]+ cannot run .*m.onnx on cpu"):
+    with pytest.raises(ValueError, match=r"onnxruntime [\d.]+ cannot run .*m.onnx on cpu: export it in float32"):
         open_session(report.path)
+
+
+def test_an_opset_that_is_too_new_is_said_to_be(classifier: nn.Module, tmp_path: Path) -> None:
+    path = export_onnx(classifier, tmp_path / "m.onnx", example_inputs=torch.randn(2, 16)).path
+    proto = onnx.load(path)
+    proto.opset_import[0].version = 99
+    onnx.save(proto, path)
+    with pytest.raises(ValueError, match=r"cannot run .*m.onnx on cpu: export it with a lower opset for this release"):
+        open_session(path)
 
 
 @pytest.mark.parametrize(
@@ -138,5 +148,18 @@ def test_sessions_are_refused_what_is_not_here(tmp_path: Path) -> None:
         open_session(tmp_path / "m.onnx")
     library = tmp_path / "library.so"
     library.write_bytes(b"no library")
-    with pytest.raises(ValueError, match=r"cannot run .*library.so"):
+    with pytest.raises(ValueError, match=r"cannot load .*library.so"):
         open_session(tmp_path / "m.onnx", custom_ops=library)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # ONNX Runtime's own
+def test_a_gpu_that_cannot_be_used_is_no_reason_to_run_on_the_cpu(
+    classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = export_onnx(classifier, tmp_path / "m.onnx", example_inputs=torch.randn(2, 16)).path
+    with pytest.raises(ValueError, match="this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu"):
+        open_session(path, device="cuda")
+    # As onnxruntime-gpu where CUDA's libraries are missing: there is a provider, and then the session is without it.
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ValueError, match=r"could not start CUDAExecutionProvider.*check the GPU.*or use cpu"):
+        open_session(path, device="cuda")

@@ -104,7 +104,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no compiler 'nonesuch'"):
         find_compiler("nonesuch")
     monkeypatch.setenv("CXX", "neither")
-    with pytest.raises(ValueError, match="there is no compiler 'neither'"):
+    with pytest.raises(ValueError, match="there is no compiler 'neither', which CXX names; give the name or path"):
         find_compiler()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -117,6 +117,13 @@ def test_a_folder_that_cannot_be_written() -> None:
         build(Path("/proc") / LIBRARY)
     with pytest.raises(ValueError, match="cannot make the folder /proc/no"):
         lte_compile.build_ort_library("/proc/no")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTE_COMPILE_CACHE", "/proc/no")
+    with pytest.raises(ValueError, match=r"cannot write into the cache /proc/no.*set LTE_COMPILE_CACHE"):
+        lte_compile.build_ort_library(tmp_path, cuda=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lte_compile.exporters import runtime
+from lte_compile.exporters.runtime import greedy_generate
+from lte_compile.onnx_api import export_onnx
+from tests.exporters.hard import prompts, shallow
 from tests.exporters.single_node import Array, Case, make_model, reference
 from tests.exporters.test_ort_library import TOLERANCE
 
@@ -35,6 +40,18 @@ for tokens in map(int, open(f"{folder}/tokens")):
     inputs = np.load(f"{folder}/{tokens}.npz")
     results[str(tokens)] = session.run(None, dict(inputs))[0]
 np.savez(f"{folder}/results.npz", **results)
+"""
+
+# runtime.py needs numpy and onnxruntime alone and lies beside the file.
+DECODE = """
+import sys
+import numpy as np
+from runtime import OrtGenerator, open_session
+
+library, prompt = sys.argv[1], np.load("prompt.npz")
+for number, custom_ops in enumerate((None, library)):
+    generator = OrtGenerator(open_session("decoder.onnx", custom_ops=custom_ops))
+    np.save(f"tokens{number}.npy", generator.generate(**prompt, max_new_tokens=8))
 """
 
 
@@ -73,6 +90,8 @@ def test_other_releases(version: str, tmp_path: Path, ort_library: str) -> None:
         else:
             assert done.returncode == 0, done.stderr
             check(case, inputs, folder)
+    if version != TOO_OLD:
+        decode(python, ort_library, tmp_path / "decoder")
 
 
 def check(case: Case, inputs: dict[int, dict[str, Array]], folder: Path) -> None:
@@ -80,3 +99,18 @@ def check(case: Case, inputs: dict[int, dict[str, Array]], folder: Path) -> None
     for tokens, arrays in inputs.items():
         wanted = reference(case, arrays)
         assert np.abs(results[str(tokens)] - wanted).max() <= TOLERANCE[case.dtype] * np.abs(wanted).max()
+
+
+def decode(python: str, library: str, folder: Path) -> None:
+    """A decoder of opset 20, which 1.18 reads, with and without the library."""
+    folder.mkdir()
+    model, _ = shallow("llama")
+    export_onnx(model, folder / "decoder.onnx", kv_cache=True, opset=20)
+    shutil.copy(runtime.__file__, folder)
+    ids, mask = (tensor.numpy() for tensor in prompts(3, 7))
+    np.savez(folder / "prompt.npz", input_ids=ids, attention_mask=mask)
+    done = subprocess.run([python, "-c", DECODE, library], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = greedy_generate(str(folder / "decoder.onnx"), ids, mask, max_new_tokens=8)
+    for number in range(2):
+        np.testing.assert_array_equal(np.load(folder / f"tokens{number}.npy"), wanted)
