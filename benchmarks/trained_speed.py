@@ -12,7 +12,6 @@ processes compile the dense and the sparse model side by side; when both are rea
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import lte_compile as lte
 from benchmarks.decode import device_facts, write
 from benchmarks.end_to_end import DTYPE, PROMPT, WARM_UP, Decoder, Measurement, compiled, table
+from benchmarks.trained import without_routers
 from lte_compile.data.tasks import load_corpus
 from lte_compile.layouts import set_layout
 from lte_compile.tracing import site_names
@@ -131,18 +131,6 @@ def _loaded(directory: Path) -> LlamaForCausalLM:
     model = lte.load_pretrained(directory, dtype=DTYPE, device="cuda")
     assert isinstance(model, LlamaForCausalLM)
     return model
-
-
-@torch.no_grad()
-def without_routers(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A dense model of the same weights."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    dense = LlamaForCausalLM(config).to("cuda", DTYPE).eval()
-    weights = model.state_dict()
-    dense.load_state_dict({name: weights[name] for name in dense.state_dict()})
-    dense.tie_weights()
-    return dense
 
 
 def _reading(model: LlamaForCausalLM, ids: Sequence[int]) -> Decoder:

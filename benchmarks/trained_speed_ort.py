@@ -4,13 +4,14 @@
 
 Both are exported from the checkpoint with a KV cache, in fp32: the sparse one at its own thresholds with SparseFFN,
 the dense one without routers. They read the same text of the task's test split, a token a call, in turns, so that a
-disturbance of the machine meets both. Times are of one call; the density is measured on this very text.
+disturbance of the machine meets both. Times are of one call; the density is measured on this very text. Exporting takes
+minutes: with `--exports DIR` files stay there, and a checkpoint that has not changed since is not exported again.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import sys
 import tempfile
@@ -23,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 import lte_compile as lte
+from benchmarks.trained import without_routers
 from lte_compile.data.tasks import load_corpus
 from lte_compile.environment import describe_environment
 from lte_compile.evaluation import evaluate
@@ -37,16 +38,6 @@ from lte_compile.results import write_atomically
 
 PROMPT = 64
 TURN = 8  # tokens that one model reads before the other's turn
-
-
-def without_routers(model: nn.Module) -> nn.Module:
-    """A dense model of the same weights."""
-    config: Any = copy.deepcopy(model.config)
-    del config.quantization_config
-    dense = type(model)(config).eval()
-    weights = model.state_dict()
-    dense.load_state_dict({name: weights[name] for name in dense.state_dict()})
-    return dense
 
 
 class Reader:
@@ -72,19 +63,33 @@ class Reader:
         self.position = last
 
 
-def measure(directory: Path, task: str, tokens: int, threads: Sequence[int]) -> dict[str, Any]:
-    """One checkpoint, with each number of threads."""
+def exported(model: PreTrainedModel, checkpoint: Path, folder: Path) -> Mapping[str, Path]:
+    """The dense and the sparse file in `folder`, written unless they are newer than the checkpoint's weights."""
+    files = {name: folder / f"{name}.onnx" for name in ("dense", "sparse")}
+    since = max(file.stat().st_mtime for file in checkpoint.glob("*.safetensors"))
+    if all(file.exists() and file.stat().st_mtime > since for file in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    export_onnx(without_routers(model), files["dense"], kv_cache=True, dense=True)
+    export_onnx(model, files["sparse"], kv_cache=True)
+    return files
+
+
+def measure(
+    directory: Path, task: str, tokens: int, threads: Sequence[int], exports: Path | None = None
+) -> dict[str, Any]:
+    """One checkpoint, with each number of threads; files stay in `exports`, if that is given."""
     model = lte.load_pretrained(directory)
+    assert isinstance(model, PreTrainedModel)
     lte.set_stage(model, "hard")
     text = max(load_corpus(task).test, key=len)
     ids = AutoTokenizer.from_pretrained(directory)(text[:20_000])["input_ids"][: PROMPT + tokens]
     batch = torch.tensor([ids])
     measured = evaluate(model, [{"input_ids": batch, "labels": batch}])
     assert measured.selection is not None
-    with tempfile.TemporaryDirectory(prefix="lte_compile-") as scratch:
-        files = {name: Path(scratch) / f"{name}.onnx" for name in ("dense", "sparse")}
-        export_onnx(without_routers(model), files["dense"], kv_cache=True, dense=True)
-        export_onnx(model, files["sparse"], kv_cache=True)
+    with contextlib.ExitStack() as stack:
+        folder = exports or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lte_compile-")))
+        files = exported(model, directory, folder / directory.name)
         rows = [{"threads": count, **race(files, ids, tokens, count)} for count in threads]
     return {
         "checkpoint": directory.name,
@@ -112,9 +117,13 @@ def main() -> int:
     parser.add_argument("--task", default="prose", help="the corpus whose test split is read")
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of ONNX Runtime")
+    parser.add_argument("--exports", type=Path, help="keep the ONNX files here, and take those that are there")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
-    rows = [measure(directory, options.task, options.tokens, options.threads) for directory in options.checkpoints]
+    rows = [
+        measure(directory, options.task, options.tokens, options.threads, options.exports)
+        for directory in options.checkpoints
+    ]
     text = json.dumps(rows, indent=1) + "\n"
     sys.stdout.write(text)
     if options.output:

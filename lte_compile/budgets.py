@@ -12,7 +12,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,22 @@ class Budgets:
         """The densities that `shifts` belong to."""
         return tuple(self.low + (self.high - self.low) * k / (NUM_NODES - 1) for k in range(NUM_NODES))
 
-    def densities(self, rows: int, *, seed: int, step: object) -> tuple[float, ...]:
-        """One density a row, spread evenly over the distribution; the same for the same seed and name of the step."""
+    def densities(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> tuple[float, ...]:
+        """One density a row, spread evenly over the distribution; the same for the same seed and name of the step.
+
+        Args:
+            lowest: where the range begins for now, if not at `low`.
+        """
         generator = random.Random(f"budgets/{seed}/{step}")
         levels = [(row + generator.random()) / rows for row in range(rows)]
         generator.shuffle(levels)
-        return tuple(self._at_level(level) for level in levels)
+        drawn = self if lowest is None else replace(self, low=min(max(lowest, self.low), self.high))
+        return tuple(drawn._at_level(level) for level in levels)
 
-    def shifts_of(self, rows: int, *, seed: int, step: object) -> Tensor:
+    def shifts_of(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> Tensor:
         """What each row's logits are lowered by, [B] float32."""
-        return torch.tensor([self.shift_for(d) for d in self.densities(rows, seed=seed, step=step)])
+        drawn = self.densities(rows, seed=seed, step=step, lowest=lowest)
+        return torch.tensor([self.shift_for(density) for density in drawn])
 
     def shift_for(self, density: float) -> float:
         """Linear between the nodes."""

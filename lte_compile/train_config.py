@@ -69,7 +69,8 @@ class TrainConfig:
         hold_density: at every measurement shift all routers' biases so that the held-out density is the target. eta
             alone takes hundreds of steps, in which a model of another density is trained.
         start_density, anneal: stage 1 begins at that density, if it is above the target, and falls to the target by
-            equal factors over this share of its steps; None begins at the target.
+            equal factors over this share of its steps; None begins at the target. Of a `budget_range` it is the lowest
+            density that falls: rows run at high ones first (progressive shrinking, Cai et al. 2020).
         dropout: of all dropout layers while routers or a teacher's pupils train; None leaves what the model has.
         budget_range: the lowest and the highest density to train at: every row of a batch runs at one of its own, so
             that `lte_compile.set_density` can move the model over the range; None trains at the target alone.
@@ -160,9 +161,16 @@ class TrainConfig:
 
     def density_after(self, share: float) -> float:
         """The density wanted after a share of stage 1."""
-        start = max(self.start_density or 0.0, self.target_density)
+        return self.target_density if self.budget_range else self._fallen(self.target_density, share)
+
+    def lowest_after(self, share: float) -> float:
+        """The lowest density that rows run at after a share of stage 1; the target without a range."""
+        return self._fallen(self.budget_range[0] if self.budget_range else self.target_density, share)
+
+    def _fallen(self, end: float, share: float) -> float:
+        start = max(self.start_density or 0.0, end)
         fallen = min(share / self.anneal, 1.0) if self.anneal else 1.0
-        return float(start * (self.target_density / start) ** fallen)
+        return float(start * (end / start) ** fallen)
 
     @property
     def needs_teacher(self) -> bool:

@@ -327,11 +327,11 @@ def _step(
     with accelerated.step(_fixed_shape(parts)), lowering_ends(model):
         for number, part in enumerate(parts, start=1):
             moved = part.moved_to(model)
-            loss = None if graph is None else graph.backward(moved, weights)
-            if loss is None:
-                is_last = number == len(parts)
-                loss = replica.backward(moved, lambda m, p: _objective(run, m, p, weights), is_last=is_last)
-            total += loss
+            if graph is not None:
+                total += graph.backward(moved, weights)
+                continue
+            is_last = number == len(parts)
+            total += replica.backward(moved, lambda m, p: _objective(run, m, p, weights), is_last=is_last)
     total = processes.total(total)
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
@@ -343,8 +343,9 @@ def _drawn_shifts(run: _Run, phase: Phase, batch: Batch, step: int) -> Tensor | 
     """What each row's logits are lowered by, on the host; None where all run at one density."""
     if run.budgets is None or not run.draws_budgets(phase):
         return None
-    rows = len(next(iter(batch.values())))
-    return run.budgets.shifts_of(rows, seed=run.config.seed, step=f"{phase.name}/{step}")
+    rows, share = len(next(iter(batch.values()))), (step + 1) / phase.steps if phase.trains_routers else 1.0
+    lowest = run.config.lowest_after(share)
+    return run.budgets.shifts_of(rows, seed=run.config.seed, step=f"{phase.name}/{step}", lowest=lowest)
 
 
 def _fixed_shape(parts: Sequence[MicroBatch]) -> Hashable:

@@ -56,6 +56,18 @@ def test_half_of_the_rows_are_at_the_target_or_at_the_ends() -> None:
     assert sum(density < math.sqrt(LOW * HIGH) for density in log) == 500
 
 
+@pytest.mark.parametrize("draw", list(BudgetDraw))
+def test_the_lowest_density_may_fall(draw: BudgetDraw) -> None:
+    config = _config(budget_draw=draw, start_density=HIGH, anneal=0.5)
+    lowest = [config.lowest_after(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    assert lowest == pytest.approx([HIGH, math.sqrt(LOW * HIGH), LOW, LOW])
+    assert config.density_after(0.0) == TARGET  # what rows' numbers are relative to stays
+    drawn = sorted(_budgets(draw).densities(16, seed=0, step=0, lowest=0.4))
+    assert 0.4 <= drawn[0] < 0.45
+    assert HIGH - 0.05 < drawn[-1] <= HIGH
+    assert set(_budgets(draw).densities(4, seed=0, step=0, lowest=HIGH)) == {HIGH}
+
+
 def test_shifts_between_densities_are_interpolated() -> None:
     budgets = _budgets()
     budgets.shifts[:] = [4.0, 3.0, 2.0, 1.0, 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from lte_compile import training
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import Example, TextBatches
+from lte_compile.losses import weighted_loss
 from lte_compile.routing import set_stage
-from lte_compile.step_graphs import StepGraph
-from lte_compile.train_config import TrainConfig
+from lte_compile.step_graphs import StepGraph, _Recording
+from lte_compile.train_config import Phase, TrainConfig
 from lte_compile.training import StepEvent, train
 from lte_compile.transform import transform
 from tests.test_layer_compilation import deep_llama
@@ -51,14 +54,18 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
 def played(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every step so far, whether a recording was played back."""
     steps: list[bool] = []
-    backward = StepGraph.backward
+    backward, play = StepGraph.backward, _Recording.play
 
     def counted(*arguments: Any) -> Any:
-        loss = backward(*arguments)
-        steps.append(loss is not None)
-        return loss
+        steps.append(False)
+        return backward(*arguments)
+
+    def marked(*arguments: Any) -> Any:
+        steps[-1] = True
+        return play(*arguments)
 
     monkeypatch.setattr(StepGraph, "backward", counted)
+    monkeypatch.setattr(_Recording, "play", marked)
     return steps
 
 
@@ -88,14 +95,42 @@ def test_padded_texts_of_a_few_lengths_are_played_back(played: list[bool]) -> No
     assert densities == pytest.approx(expected_densities, abs=0.02)
 
 
-def _train_classifier(*, step_graphs: bool) -> tuple[list[float], list[float]]:
+@pytest.mark.parametrize("routed", [False, True])
+def test_steps_with_dropout_are_played_back(played: list[bool], *, routed: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        phases = None if routed else [Phase(name="dense", steps=40)]
+        losses, _ = _train_classifier(step_graphs=True, dropout=0.1, phases=phases)
+    assert not [w for w in seen if "CUDA graph" in str(w.message) or "AccumulateGrad" in str(w.message)]
+    assert sum(played) > 20
+    assert all(map(math.isfinite, losses))
+
+
+def test_training_goes_on_where_recording_fails(monkeypatch: pytest.MonkeyPatch, played: list[bool]) -> None:
+    """With dropout too: the random generator must not be left in the recording."""
+
+    def waiting(*arguments: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which no recording can
+        return weighted_loss(*arguments)
+
+    monkeypatch.setattr(training, "weighted_loss", waiting)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        losses, _ = _train_classifier(step_graphs=True, dropout=0.1)
+    assert not any(played)
+    assert all(map(math.isfinite, losses))
+
+
+def _train_classifier(
+    *, step_graphs: bool, dropout: float = 0.0, phases: list[Phase] | None = None
+) -> tuple[list[float], list[float]]:
     """Texts of 5 to 32 tokens, in both runs padded to two lengths."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
     model = BertForSequenceClassification(
-        BertConfig(vocab_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
+        BertConfig(vocab_size=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **shape)
     )
     teacher = copy.deepcopy(model).cuda()
     generator = torch.Generator().manual_seed(0)
@@ -114,5 +149,5 @@ def _train_classifier(*, step_graphs: bool) -> tuple[list[float], list[float]]:
     )
     held_out = [TextBatches(examples, **options).next_batch() for _ in range(2)]
     transform(model.cuda(), TransformConfig(expert_size=8))
-    events = train(model, TextBatches(examples, **options), config, held_out=held_out, teacher=teacher)
+    events = train(model, TextBatches(examples, **options), config, held_out=held_out, teacher=teacher, phases=phases)
     return [event.loss for event in events], [event.density for event in events if event.density is not None]

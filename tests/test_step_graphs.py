@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -25,6 +25,16 @@ class Recorder:
         self.played += 1
 
 
+class Stream:
+    """In place of torch.cuda.Stream."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        assert other is not self
+
+
 class Linear:
     """An objective whose gradient is the weight of the efficiency loss times the input."""
 
@@ -37,15 +47,22 @@ class Linear:
         loss: Tensor = (weights.efficiency * self.model(part.inputs["x"])).sum()
         return loss
 
+    def is_gradient_of(self, part: MicroBatch) -> bool:
+        gradient = self.model.weight.grad
+        return gradient is not None and torch.allclose(gradient, 0.5 * part.inputs["x"].sum(0, keepdim=True))
+
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
 
     @contextmanager
-    def recording(graph: Recorder) -> Iterator[None]:
+    def recording(graph: Recorder, stream: Stream) -> Iterator[None]:
         yield
 
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     return recorder
@@ -56,25 +73,41 @@ def _part(rows: int = 2, *, padded: bool = False) -> MicroBatch:
     return MicroBatch(inputs=inputs, label_share=1.0, token_share=1.0, row_share=1.0, is_full=not padded)
 
 
+def _steps(steps: StepGraph, *parts: MicroBatch) -> None:
+    for part in parts:
+        steps.backward(part, WEIGHTS)
+
+
 def test_the_fourth_step_of_a_shape_is_recorded_and_played(recorder: Recorder) -> None:
     objective = Linear()
     steps = StepGraph(objective.model, objective)
     assert STEPS_BEFORE == 3
-    assert [steps.backward(part, WEIGHTS) for part in (_part(), _part(1), _part(), _part())] == [None] * 4
-    assert steps.backward(_part(), WEIGHTS) is not None
-    assert len(objective.calls) == 1
-    assert recorder.played == 1
+    _steps(steps, _part(), _part(1), _part(), _part())
+    assert recorder.played == 0
+    assert len(objective.calls) == 4
+    _steps(steps, _part(), _part())
+    assert recorder.played == 2
+    assert len(objective.calls) == 5
 
 
-def test_a_recording_gets_each_steps_inputs_and_weights() -> None:
+def test_a_step_before_the_recording_gives_loss_and_gradient() -> None:
+    objective = Linear()
+    steps, part = StepGraph(objective.model, objective), _part()
+    loss = steps.backward(part, WEIGHTS)
+    assert not loss.requires_grad
+    assert torch.equal(loss, (0.5 * objective.model(part.inputs["x"])).sum())
+    assert objective.is_gradient_of(part)
+
+
+def test_a_recording_gets_each_steps_inputs_and_weights(recorder: Recorder) -> None:
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    for _ in range(STEPS_BEFORE + 1):
-        steps.backward(_part(), WEIGHTS)
-    [(recorded, weights)] = objective.calls
+    _steps(steps, *[_part()] * (STEPS_BEFORE + 1))
+    recorded, weights = objective.calls[-1]
     part = _part()
     objective.model.zero_grad()
-    assert steps.backward(part, LossWeights(efficiency=0.25, watched=True)) is not None
+    steps.backward(part, LossWeights(efficiency=0.25, watched=True))
+    assert recorder.played == 2
     assert torch.equal(recorded.inputs["x"], part.inputs["x"])
     assert float(weights.efficiency) == 0.25
     assert objective.model.weight.grad is not None
@@ -83,49 +116,52 @@ def test_a_recording_gets_each_steps_inputs_and_weights() -> None:
 def test_every_shape_has_a_recording_of_its_own(recorder: Recorder) -> None:
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    for rows in (2, 3):
-        for _ in range(STEPS_BEFORE):
-            assert steps.backward(_part(rows), WEIGHTS) is None
-        assert steps.backward(_part(rows), WEIGHTS) is not None
-    assert len(objective.calls) == 2
-    played = recorder.played
-    assert all(steps.backward(_part(rows), WEIGHTS) is not None for rows in (2, 3, 2))
-    assert recorder.played == played + 3
-    assert steps.backward(_part(1), WEIGHTS) is None
+    _steps(steps, *[_part(rows) for rows in (2, 3) for _ in range(STEPS_BEFORE)])
+    assert recorder.played == 0
+    _steps(steps, *[_part(rows) for rows in (2, 3, 2, 3, 2)])
+    assert recorder.played == 5
+    _steps(steps, _part(1))
+    assert recorder.played == 5
+    assert len(objective.calls) == 2 * (STEPS_BEFORE + 1) + 1
 
 
-def test_no_more_recordings_than_there_is_room_for() -> None:
+def test_no_more_recordings_than_there_is_room_for(recorder: Recorder) -> None:
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    results = [steps.backward(_part(rows), WEIGHTS) for _ in range(STEPS_BEFORE + 2) for rows in range(1, MOST + 3)]
-    assert len(objective.calls) == MOST
-    assert sum(result is not None for result in results) == 2 * MOST
+    _steps(steps, *[_part(rows) for _ in range(STEPS_BEFORE + 2) for rows in range(1, MOST + 3)])
+    assert recorder.played == 2 * MOST
+    recordings, launched_later = MOST, 2 * 2
+    assert len(objective.calls) == (MOST + 2) * STEPS_BEFORE + recordings + launched_later
 
 
-def test_one_recording_serves_all_masks_of_a_shape() -> None:
+def test_one_recording_serves_all_masks_of_a_shape(recorder: Recorder) -> None:
     """A batch that happens to have no padding is one more mask; only where none has any are masks left out."""
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    for _ in range(STEPS_BEFORE + 1):
-        steps.backward(_part(padded=True), WEIGHTS)
-    assert steps.backward(_part(padded=False), WEIGHTS) is not None
-    [(recorded, _)] = objective.calls
-    assert not recorded.is_full
+    _steps(steps, *[_part(padded=True)] * (STEPS_BEFORE + 1), _part(padded=False))
+    assert recorder.played == 2
+    assert not objective.calls[-1][0].is_full
 
 
-def test_what_cannot_be_recorded_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_is_said_once(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
+    attempts: list[Recorder] = []
+
     @contextmanager
-    def refusing(graph: Recorder) -> Iterator[None]:
+    def refusing(graph: Recorder, stream: Stream) -> Iterator[None]:
+        attempts.append(graph)
         yield
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if len(attempts) == 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refusing)
     objective = Linear()
     steps = StepGraph(objective.model, objective)
-    for _ in range(STEPS_BEFORE):
-        steps.backward(_part(), WEIGHTS)
+    _steps(steps, *[_part()] * STEPS_BEFORE)
+    objective.model.zero_grad()
+    part = _part()
     with pytest.warns(UserWarning, match=r"no CUDA graph \(operation not permitted"):
-        assert steps.backward(_part(), WEIGHTS) is None
-    assert objective.model.weight.grad is None
-    assert steps.backward(_part(), WEIGHTS) is None
-    assert len(objective.calls) == 1
+        steps.backward(part, WEIGHTS)
+    assert objective.is_gradient_of(part)  # of one backward pass
+    _steps(steps, _part())
+    assert recorder.played == 0
+    assert len(attempts) == 2  # the one that failed, and an empty one that puts the generator right

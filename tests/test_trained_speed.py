@@ -1,14 +1,20 @@
-"""benchmarks.trained_speed moves densities without new constants in the code; its biases do what `set_density` does."""
+"""benchmarks.trained_speed moves densities without new constants in the code; its biases do what `set_density` does.
+benchmarks.trained_speed_ort exports a checkpoint once."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import lte_compile as lte
+from benchmarks import trained_speed_ort
+from benchmarks.trained import without_routers
 from benchmarks.trained_speed import Knob
+from benchmarks.trained_speed_ort import exported
 from lte_compile.config import RouterKind
 from tests.zoo import build
 
@@ -41,3 +47,39 @@ def test_biases_select_what_thresholds_select(density: float | None) -> None:
     assert [router.expected_density for router in lte.routers(model)] == told
     for after, before in zip(active(model, batch), expected, strict=True):
         assert torch.equal(after, before)
+
+
+def test_without_routers_the_weights_are_the_same() -> None:
+    model, batch = build("llama")
+    lte.transform(model, lte.TransformConfig(expert_size=4))
+    config: Any = model.config
+    config.quantization_config = object()  # as load_pretrained leaves one
+    dense = without_routers(model)
+    lte.set_stage(model, "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**batch).logits, model(**batch).logits)
+    assert not list(lte.routers(dense))
+
+
+def test_a_checkpoint_is_exported_again_only_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write(model: torch.nn.Module, path: Path, **options: bool) -> None:
+        path.touch()
+        written.append(path.name)
+
+    monkeypatch.setattr(trained_speed_ort, "export_onnx", write)  # a real export takes ten seconds
+    monkeypatch.setattr(trained_speed_ort, "without_routers", lambda model: model)
+    weights, model = tmp_path / "model.safetensors", torch.nn.Identity()
+    weights.touch()
+    os.utime(weights, (0, 0))
+    for _ in range(2):
+        files = exported(model, tmp_path, tmp_path / "onnx")
+        assert {name: file.exists() for name, file in files.items()} == {"dense": True, "sparse": True}
+        assert written == ["dense.onnx", "sparse.onnx"]
+    later = files["sparse"].stat().st_mtime + 1
+    os.utime(weights, (later, later))
+    exported(model, tmp_path, tmp_path / "onnx")
+    assert len(written) == 4

@@ -77,6 +77,9 @@ def train(
     task_kind: options.TaskKindName = "",
     target_density: Annotated[float, typer.Option(help="Share of neurons to keep active.")] = 0.3,
     finetune_steps: options.FinetuneSteps = None,
+    finetune_learning_rate: Annotated[
+        float | None, typer.Option(help="Of fine-tuning.", show_default="--learning-rate")
+    ] = None,
     stage1_steps: options.Stage1Steps = 270,
     stage2_steps: options.Stage2Steps = 135,
     learning_rate: options.LearningRate = 1e-4,
@@ -148,7 +151,7 @@ def evaluate(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Measure accuracy or perplexity and density on the test split; thresholds are placed on the validation split."""
+    """Measure accuracy, perplexity or ROUGE-L and density on the test split; validation places the thresholds."""
 
     task_options = options.picked(TaskOptions, locals(), name=task, kind=task_kind)
 

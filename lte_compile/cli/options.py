@@ -113,12 +113,20 @@ CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0
 TaskKindName = Annotated[
     str, typer.Option("--task-kind", metavar="KIND", help="classification, language-model or generation.")
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Texts or windows per batch.", show_default="32 texts, 8 windows")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Texts or windows per batch.", show_default="32 labelled texts, 8 windows")
+]
 MaxLength = Annotated[int, typer.Option(help="Tokens that a labelled text is cut to.")]
-Window = Annotated[int, typer.Option(help="Tokens per window of a language model.")]
+Window = Annotated[
+    int,
+    typer.Option(help="Tokens per window of a language model; of a prompt with its completion, for generation."),
+]
 TestExamples = Annotated[
     int | None,
-    typer.Option(help="At most so many test texts or windows; 0 for all.", show_default="all texts, 64 windows"),
+    typer.Option(
+        help="At most so many test texts, windows or prompts; 0 for all.",
+        show_default="all labelled texts, 64 windows, 256 prompts",
+    ),
 ]
 
 

@@ -62,7 +62,8 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One run; `finetune_steps` None decides by whether the head is new, `shard` None by what the launcher was told."""
+    """One run; `finetune_steps` None decides by whether the head is new, `finetune_learning_rate` None is that of all
+    training, `shard` None goes by what the launcher was told."""
 
     model: str
     out: Path
@@ -70,6 +71,7 @@ class TrainSettings:
     transform: TransformConfig
     train: TrainConfig
     finetune_steps: int | None
+    finetune_learning_rate: float | None = None
     device: str
     shard: bool | None
     resume: bool
@@ -84,8 +86,8 @@ class TrainSettings:
         task = {name: str(value) for name, value in vars(self.task).items() if name != "test_examples"}
         free = ("checkpoint_every", "compile", "step_graphs")
         config = {name: value for name, value in self.train.to_dict().items() if name not in free}
-        steps = {"finetune_steps": self.finetune_steps}
-        return {"model": self.model, **task, **self.transform.to_dict(), **config, **steps}
+        start = {"finetune_steps": self.finetune_steps, "finetune_learning_rate": self.finetune_learning_rate}
+        return {"model": self.model, **task, **self.transform.to_dict(), **config, **start}
 
 
 def train_model(settings: TrainSettings) -> Outcome:
@@ -199,7 +201,9 @@ def _finetune(
         set_stage(model, Stage.DENSE)
     if not steps:
         return
-    config = replace(settings.train, dropout=None)
+    asked = settings.finetune_learning_rate
+    rate = settings.train.learning_rate if asked is None else asked
+    config = replace(settings.train, learning_rate=rate, dropout=None)
     batches = data.training_batches(config.seed, few_lengths=config.records_steps)
     phases = [Phase(name="fine-tune", steps=steps)]
     directory = settings.checkpoints / "finetune"

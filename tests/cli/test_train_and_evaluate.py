@@ -92,6 +92,18 @@ def test_training_a_language_model_reports_before_and_after(
     assert "perplexity" in result.stdout
 
 
+def test_fine_tuning_has_a_rate_of_its_own(run_json: RunJson, llama: Path, prose: Path, tmp_path: Path) -> None:
+    """The start that LTE's teacher is: at a vanishing rate the model as it was, at LTE's rate another one."""
+    steps = ("--finetune-steps", 2, "--stage1-steps", 2, "--stage2-steps", 0, "--window", 16, "--test-examples", 8)
+    common = ("--task", prose, *steps, "--learning-rate", 1e-2, "--batch-size", 4)
+    before = run_json("evaluate", llama, "--task", prose, "--window", 16, "--test-examples", 8)["rows"][0]["loss"]
+    still = run_json("train", llama, tmp_path / "still", *common, "--finetune-learning-rate", 1e-12)
+    assert still["dense"]["loss"] == pytest.approx(before, rel=1e-6)
+    assert still["sparse"]["loss"] != pytest.approx(before, rel=1e-3)
+    moved = run_json("train", llama, tmp_path / "moved", *common)
+    assert moved["dense"]["loss"] != pytest.approx(before, rel=1e-3)
+
+
 def test_evaluating_a_dense_language_model(run: Run, run_json: RunJson, llama: Path, prose: Path) -> None:
     (row,) = run_json("evaluate", llama, "--task", prose, "--window", 16, "--test-examples", 8)["rows"]
     assert row["density"] == 1.0
