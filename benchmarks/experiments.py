@@ -69,9 +69,10 @@ def _budgets(low: float, high: float, draw: BudgetDraw = BudgetDraw.UNIFORM, **t
 
 
 STAIR = 0.2  # of the steps
+RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
 LEVERS: dict[str, Lever] = {
     "base": Lever(),
-    **{f"lr-{rate}": Lever(train={"learning_rate": float(rate)}) for rate in ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3")},
+    **{f"lr-{rate}": Lever(train={"learning_rate": float(rate)}) for rate in (*RATES, "2e-3")},
     **{f"distillation-{weight:g}": Lever(train={"distillation": weight}) for weight in (0.0, 0.5, 0.9, 1.0)},
     **{f"layers-{weight:g}": Lever(train={"layer_distillation": weight}) for weight in (0.3, 1.0, 3.0, 10.0)},
     **{f"experts-of-{size}": Lever(transform={"expert_size": size}) for size in (4, 8, 16, 32)},
@@ -85,6 +86,7 @@ LEVERS: dict[str, Lever] = {
     "budgets-wide-log-uniform": _budgets(0.15, 0.7, BudgetDraw.LOG_UNIFORM),
     "budgets-distillation-1": _budgets(0.2, 0.6, distillation=1.0),
     "budgets-eta-alone": _budgets(0.2, 0.6, hold_density=False),
+    "budgets-shrinking": _budgets(0.2, 0.6, start_density=0.6),
     "one-budget": Lever(budgets=True),
     "router-two-layer": Lever(transform={"router": RouterKind.TWO_LAYER}),
     **{f"router-rank-{r}": Lever(transform={"router": RouterKind.TWO_LAYER, "router_rank": r}) for r in (72, 288)},
@@ -105,7 +107,7 @@ LEVERS: dict[str, Lever] = {
     "weight-decay-0.1": Lever(train={"weight_decay": 0.1}),
     "half-the-tokens": Lever(length=0.5),
     "twice-the-tokens": Lever(length=2.0),
-    **{f"dense-lr-{r}": Lever(train={"learning_rate": float(r)}, is_dense=True) for r in ("1e-4", "3e-4", "1e-3")},
+    **{f"dense-lr-{r}": Lever(train={"learning_rate": float(r)}, is_dense=True) for r in RATES},
 }
 
 

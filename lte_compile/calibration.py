@@ -6,6 +6,7 @@ Shapes: T tokens, D model width, F neurons, E experts.
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,8 @@ FIT_ROUNDS = 2
 # there: two or three rounds near a density that was trained for, five far from it.
 CALIBRATION_ROUNDS = 8
 DENSITY_TOLERANCE = 0.005  # of the wish
+# A density that ends further off is worth a warning: what training promises of its target.
+DENSITY_MISSED = 0.02
 # Resolution of the calibrated score distribution: half a percent of density, well under its sampling noise.
 NUM_QUANTILES = 201
 # Of the interval in which a threshold is sought: to where float32 scores cannot tell any more.
@@ -267,9 +270,11 @@ def place_thresholds(
 ) -> float:
     """`calibrate` and `set_density`, again and again, each time at the thresholds so far; returns the threshold.
 
-    Ends when the density on these batches is within DENSITY_TOLERANCE of the wish, or after so many rounds.
+    Ends when the density on these batches is within DENSITY_TOLERANCE of the wish, or after so many rounds. Warns where
+    it then still is DENSITY_MISSED or more away.
     """
     calibrate(model, batches)
+    measured = density
     seen: dict[bool, tuple[float, float]] = {}  # by whether it was too dense, the last threshold and density
     for _ in range(rounds):
         threshold = set_density(model, density)
@@ -282,6 +287,12 @@ def place_thresholds(
         if abs(measured - density) <= DENSITY_TOLERANCE * density:
             break
         seen[measured > density] = threshold, measured
+    if abs(measured - density) >= DENSITY_MISSED:
+        warnings.warn(
+            f"asked for a density of {density:g}, thresholds reach {measured:.3f}: too many scores are alike, as they "
+            "are where routers were trained until most are 0 or 1; a lower router learning rate keeps them apart",
+            stacklevel=2,
+        )
     return threshold
 
 

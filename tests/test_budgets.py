@@ -252,6 +252,17 @@ def test_thresholds_are_found_where_the_next_guess_always_overshoots() -> None:
         assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.01)
 
 
+def test_a_density_that_thresholds_cannot_reach_is_said() -> None:
+    model, data = _fitted()
+    with torch.no_grad():
+        for router in routers(model):
+            assert router.bias is not None
+            router.weight.mul_(0.0)
+            router.bias.copy_(torch.where(torch.arange(len(router.bias)) % 2 == 0, 40.0, -40.0))  # scores of 1 and 0
+    with pytest.warns(UserWarning, match="asked for a density of 0.2, thresholds reach (0.0|0.[456])"):
+        place_thresholds(model, data, 0.2)
+
+
 def test_a_calibrated_model_moves_over_the_range() -> None:
     model, _ = routed("llama")
     generator = torch.Generator().manual_seed(0)
