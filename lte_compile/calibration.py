@@ -5,7 +5,6 @@ Shapes: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from lte_compile.padding import PaddingReader, drop_padding
 from lte_compile.passes.ir import FfnSite, WeightLayout
 from lte_compile.permutation import up_projection
 from lte_compile.places import locate
+from lte_compile.router_init import logit_of
 from lte_compile.routing import Router, require_routers
 from lte_compile.tracing import RouterTrace, site_names, trace_routers
 
@@ -305,13 +305,7 @@ def logit_shift(model: nn.Module, batches: Iterable[Batch], density: float) -> t
     calibrate(model, batches)
     budget = _Budget(require_routers(model), 0.0, 1.0)
     threshold = budget.routers[0].threshold
-    return _logit(budget.threshold_for(density)) - _logit(threshold), budget.density_at(threshold)
-
-
-def _logit(score: float) -> float:
-    """Of a score in float32, which may be 0 or 1."""
-    inside = min(max(score, torch.finfo(torch.float32).eps), 1 - torch.finfo(torch.float32).eps)
-    return math.log(inside / (1 - inside))
+    return logit_of(budget.threshold_for(density)) - logit_of(threshold), budget.density_at(threshold)
 
 
 def set_density(model: nn.Module, density: float, *, floor: float = 0.0, ceiling: float = 1.0) -> float:

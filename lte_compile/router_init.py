@@ -69,7 +69,7 @@ def centroid_router(
     experts = torch.split(weights_FD.detach(), expert_size)  # one at a time in float32
     means_ED = torch.stack([normalize(rows_SD.float(), dim=1).mean(0) for rows_SD in experts])
     w_router_ED = logit_std * normalize(means_ED, dim=1)
-    bias = _logit(threshold) + logit_std * NormalDist().inv_cdf(density)
+    bias = logit_of(threshold) + logit_std * NormalDist().inv_cdf(density)
     return w_router_ED, torch.full_like(w_router_ED[:, 0], bias)
 
 
@@ -180,10 +180,10 @@ class RidgeRouterFit:
         cut, spread = cut_at_density(predicted_NE, target_density), predicted_NE.std(correction=0)
         noise = 1e-9 * (1 + offset_E.abs().max())
         if spread <= noise:
-            always = torch.full_like(offset_E, _logit(threshold) + logit_std)
+            always = torch.full_like(offset_E, logit_of(threshold) + logit_std)
             return torch.zeros_like(slope_ED).float(), always.float()
         gain = logit_std / spread
-        return (gain * slope_ED).float(), (gain * (offset_E - cut) + _logit(threshold)).float()
+        return (gain * slope_ED).float(), (gain * (offset_E - cut) + logit_of(threshold)).float()
 
     @torch.no_grad()
     def predicted(self) -> Tensor:
@@ -234,8 +234,10 @@ def cut_at_density(values_NE: Tensor, density: float) -> Tensor:
     return 0.5 * (ordered[passing - 1] + ordered[passing])
 
 
-def _logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))
+def logit_of(score: float) -> float:
+    """Of a score in float32, which may be 0 or 1."""
+    inside = min(max(score, torch.finfo(torch.float32).eps), 1 - torch.finfo(torch.float32).eps)
+    return math.log(inside / (1 - inside))
 
 
 def _check_expert_size(expert_size: int, neurons: int) -> None:

@@ -17,7 +17,7 @@ from lte_compile.config import Stage, TransformConfig, parse_stage
 from lte_compile.kernels.selection import find_rule
 from lte_compile.passes.ir import FfnSite
 from lte_compile.recomputation import recomputing, rejoin_losses
-from lte_compile.router_init import RidgeRouterFit, RouterFit
+from lte_compile.router_init import RidgeRouterFit, RouterFit, logit_of
 
 # The rule of each stage unless set_stage names another; the hard stage's is in the config.
 _STAGE_RULES = {Stage.DENSE: "dense", Stage.SOFT: "soft"}
@@ -128,6 +128,17 @@ class Router(nn.Module):
         """Take weights to start from (lte_compile.router_init): what `initial_state` or this kind's fit gives."""
         for name, tensor in self.initial_state(*weights).items():
             self.get_parameter(name).copy_(tensor)
+
+    @torch.no_grad()
+    def scale_logits(self, factor: float) -> None:
+        """Make logits `factor` times as far from the threshold's: the same experts stay above it.
+
+        Without a bias they are scaled about 0, which is the same for a threshold of one half.
+        """
+        self.weight.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor).add_((1 - factor) * logit_of(self.threshold))
+        self.score_quantiles = ()
 
     def new_fit(self, down_norms_F: Tensor, up_FD: Tensor, up_bias_F: Tensor | None) -> RouterFit:
         """What learns this router's weights from data; its solution is for `load_initial`.

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lte_compile.budgets import NUM_NODES, Budgets, lower_logits
 from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, place_thresholds, set_density
-from lte_compile.config import Stage, TransformConfig
+from lte_compile.config import RouterKind, Stage, TransformConfig
 from lte_compile.distributed import ALONE
 from lte_compile.evaluation import evaluate
 from lte_compile.losses import micro_batches
+from lte_compile.router_init import logit_of
 from lte_compile.routing import lowered, routers, set_stage
-from lte_compile.steering import HeldOut
+from lte_compile.steering import MOST_SHIFT, HeldOut
 from lte_compile.train_config import BudgetDraw, TrainConfig
 from lte_compile.training import StepEvent, train
 from lte_compile.transform import transform
@@ -250,6 +251,43 @@ def test_thresholds_are_found_where_the_next_guess_always_overshoots() -> None:
     for density in (0.2, 0.5):
         place_thresholds(model, data, density)
         assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.01)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+@pytest.mark.parametrize("kind", list(RouterKind))
+def test_scaled_logits_select_the_same_experts(kind: RouterKind, threshold: float) -> None:
+    model, data = stack(2), [{"input": tokens(64, seed=1)[:, None]}]
+    transform(model, TransformConfig(expert_size=4, router=kind), data[0])
+    fit_routers(model, data, TARGET)
+    x_TD = tokens(64, seed=1)
+    for router in routers(model):
+        router.threshold = threshold
+        before_TE = router.scores(x_TD)
+        router.scale_logits(0.25)
+        after_TE = router.scores(x_TD)
+        clear_TE = (before_TE - threshold).abs() > 1e-5
+        assert torch.equal((before_TE > threshold)[clear_TE], (after_TE > threshold)[clear_TE])
+        assert not clear_TE.all() or 0 < (before_TE > threshold).float().mean() < 1
+        torch.testing.assert_close(
+            after_TE.logit() - logit_of(threshold),
+            0.25 * (before_TE.logit() - logit_of(threshold)),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("spread", [2.0, 50.0])
+def test_logits_that_have_spread_are_drawn_together(spread: float) -> None:
+    """Scores of 1 cannot be told apart in float32, and beyond e^88 it has no number to lower them by."""
+    model, data = _fitted()
+    for router in routers(model):
+        router.scale_logits(spread)
+    _, budgets = _measured(model, data)
+    assert max(abs(shift) for shift in budgets.shifts) <= MOST_SHIFT
+    for density in (LOW, 0.4, HIGH):
+        lower_logits(model, torch.tensor([budgets.shift_for(density)]))
+        assert evaluate_routers(model, data).density() == pytest.approx(density, abs=0.01)
+    lower_logits(model, None)
 
 
 def test_a_density_that_thresholds_cannot_reach_is_said() -> None:
