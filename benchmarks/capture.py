@@ -102,7 +102,7 @@ def measure(layers: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     from lte_compile import TransformConfig, graph, set_stage, transform
-    from lte_compile.capture import capture
+    from lte_compile.capture.capture import capture
     from lte_compile.passes.fuse import FuseExperts
     from lte_compile.passes.lower import LowerSparse
     from lte_compile.passes.match import find_ffns
@@ -146,7 +146,7 @@ def insert_routers(model: Any, watch: Stopwatch) -> None:
     import torch
 
     from lte_compile import Router, TransformConfig
-    from lte_compile.capture import capture, dummy_inputs
+    from lte_compile.capture.capture import capture, dummy_inputs
     from lte_compile.passes.insert import InsertRouter
     from lte_compile.passes.match import find_ffns
 

@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lte_compile as lte
 from benchmarks.decode import device_facts, write
-from lte_compile.layouts import set_layout
-from lte_compile.tracing import site_names
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.running.tracing import site_names
 
 PROMPT = 128
 WARM_UP = 8

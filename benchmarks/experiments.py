@@ -21,19 +21,19 @@ from typing import Any
 
 from torch import nn
 
+from lte_compile.baselines.claims import claim
 from lte_compile.baselines.workbench import CountedBatches, Workbench
-from lte_compile.calibration import place_thresholds, set_density
-from lte_compile.claims import claim
+from lte_compile.calibration.density import place_thresholds, set_density
 from lte_compile.cli.comparing import CompareSettings, Opened, open_workbench, prepare
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.preparing import pick_device
-from lte_compile.config import Grouping, RouterKind, Stage, TransformConfig
-from lte_compile.evaluation import evaluate
-from lte_compile.progress import TrainingProgress
-from lte_compile.results import write_atomically
-from lte_compile.routing import set_stage
-from lte_compile.train_config import BudgetDraw, FitTarget, Gates, Phase, TrainConfig
-from lte_compile.training import train
+from lte_compile.config import FitTarget, Grouping, RouterKind, Stage, TransformConfig
+from lte_compile.evaluation.quality import evaluate
+from lte_compile.reports.results import write_atomically
+from lte_compile.routing.router import set_stage
+from lte_compile.training.config import BudgetDraw, Gates, Phase, TrainConfig
+from lte_compile.training.loop import train
+from lte_compile.training.progress import TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lte_compile.config import Grouping
 from lte_compile.grouping import GroupingRequest, group_neurons
-from lte_compile.router_init import RidgeRouterFit, centroid_router, group_energy
+from lte_compile.routing.linear_fit import RidgeRouterFit, centroid_router, group_energy
 
 RESULTS = Path(__file__).parent / "results" / "grouping.json"
 SEEDS = (0, 1, 2)

@@ -27,9 +27,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from lte_compile.environment import describe_environment
 from lte_compile.exporters import schema
-from lte_compile.ort_library import ort_library_path
+from lte_compile.reports.environment import describe_environment
+from lte_compile.serving.ort_library import ort_library_path
 
 RESULTS = Path(__file__).parent / "results" / "ort_cpu.json"
 EXPERT_SIZE = 32

@@ -39,10 +39,10 @@ from benchmarks.decode import (
 )
 from benchmarks.ort_decoder import DTYPE, PROVIDER, export_decoders, measure_decoders, open_session
 from benchmarks.ort_graph_decoder import measure_graphs
-from lte_compile.environment import describe_environment
 from lte_compile.exporters import schema
 from lte_compile.kernels.lowering import lower_sparse_ffn
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
+from lte_compile.reports.environment import describe_environment
 
 ELEMENT = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 TOKENS = (1, 8, 512)

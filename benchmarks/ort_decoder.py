@@ -26,8 +26,8 @@ from torch import Tensor
 import lte_compile as lte
 from benchmarks.decode import EXPERT_SIZE
 from lte_compile.exporters.runtime import OrtGenerator
-from lte_compile.ort_library import ort_library_path
-from lte_compile.routing import Router, routers
+from lte_compile.routing.router import Router, routers
+from lte_compile.serving.ort_library import ort_library_path
 
 PROVIDER = "CUDAExecutionProvider"
 DTYPE = torch.float16

@@ -25,19 +25,20 @@ from rich.console import Console
 from torch import nn
 
 from lte_compile.baselines import oracle_selection, remove_ffns
-from lte_compile.calibration import collect_activations, set_density
+from lte_compile.calibration.density import set_density
+from lte_compile.calibration.watching import collect_activations
+from lte_compile.checkpoints.loading import load_classifier
 from lte_compile.config import Grouping, Stage, TransformConfig
 from lte_compile.data.batches import TextBatches, classification_batches, encode_rows, evaluation_batches
 from lte_compile.data.models import resolve_model
 from lte_compile.data.tasks import load_task
-from lte_compile.evaluation import evaluate, sites_of
-from lte_compile.inspection import inspect
-from lte_compile.loading import load_classifier
-from lte_compile.losses import Batch
-from lte_compile.results import write_atomically
-from lte_compile.routing import set_stage
-from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import FIT_BATCHES, peek_batches, train
+from lte_compile.evaluation.quality import evaluate, sites_of
+from lte_compile.inspection.sites import inspect
+from lte_compile.reports.results import write_atomically
+from lte_compile.routing.router import set_stage
+from lte_compile.training.config import Phase, TrainConfig
+from lte_compile.training.loop import FIT_BATCHES, peek_batches, train
+from lte_compile.training.losses import Batch
 from lte_compile.transform import transform
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"

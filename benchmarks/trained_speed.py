@@ -32,8 +32,8 @@ from benchmarks.decode import device_facts, write
 from benchmarks.end_to_end import DTYPE, PROMPT, WARM_UP, Decoder, Measurement, compiled, table
 from benchmarks.trained import without_routers
 from lte_compile.data.tasks import load_corpus
-from lte_compile.layouts import set_layout
-from lte_compile.tracing import site_names
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.running.tracing import site_names
 
 PATIENCE = 600  # seconds that one process waits for the other to compile
 

@@ -29,12 +29,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 import lte_compile as lte
 from benchmarks.trained import without_routers
 from lte_compile.data.tasks import load_corpus
-from lte_compile.environment import describe_environment
-from lte_compile.evaluation import evaluate
+from lte_compile.evaluation.quality import evaluate
 from lte_compile.exporters.runtime import OrtGenerator, open_session
-from lte_compile.onnx_api import export_onnx
-from lte_compile.ort_library import ort_library_path
-from lte_compile.results import write_atomically
+from lte_compile.reports.environment import describe_environment
+from lte_compile.reports.results import write_atomically
+from lte_compile.serving.onnx_file import export_onnx
+from lte_compile.serving.ort_library import ort_library_path
 
 PROMPT = 64
 TURN = 8  # tokens that one model reads before the other's turn

@@ -43,8 +43,8 @@ from benchmarks.training_steps import (
     make_stack,
     set_density,
 )
-from lte_compile.routing import set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import set_stage
+from lte_compile.running.tracing import trace_routers
 
 DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.5)
 WARM_UP = 3

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.kernels.ffn_products import ONE_BELOW, TWO_BELOW, TWO_GRADIENTS_BELOW
-from lte_compile.routing import require_routers
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import require_routers
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 
 WIDTH, NEURONS, EXPERT_SIZE = 4096, 11008, 32  # LLaMA-2-7B

@@ -14,38 +14,40 @@ See README.md and docs/design.md.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lte_compile.calibration import calibrate, collect_activations, fit_routers, set_density
+from lte_compile.calibration.density import calibrate, set_density
+from lte_compile.calibration.effects import fit_routers_to_effects
+from lte_compile.calibration.fitting import fit_routers
+from lte_compile.calibration.watching import collect_activations
+from lte_compile.checkpoints.persistence import load_pretrained, save_pretrained
 from lte_compile.config import Grouping, Stage, TransformConfig
-from lte_compile.evaluation import Evaluation, evaluate
-from lte_compile.explanation import KernelOfSite, explain
-from lte_compile.graph import graph
-from lte_compile.hf_registration import register_with_transformers
-from lte_compile.inspection import Inspection, inspect
-from lte_compile.layouts import set_layout
-from lte_compile.ort_library import build_ort_library, ort_library_path
+from lte_compile.evaluation.quality import Evaluation, evaluate
+from lte_compile.huggingface.registration import register_with_transformers
+from lte_compile.inspection.graphs import graph
+from lte_compile.inspection.kernels import KernelOfSite, explain
+from lte_compile.inspection.sites import Inspection, inspect
 from lte_compile.passes.ir import FfnSite, Rejection
-from lte_compile.persistence import load_pretrained, save_pretrained
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.sensitivity import fit_routers_to_effects
-from lte_compile.tracing import RouterTrace, trace_routers
-from lte_compile.train_config import TrainConfig
-from lte_compile.training import train
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.running.tracing import RouterTrace, trace_routers
+from lte_compile.serving.ort_library import build_ort_library, ort_library_path
+from lte_compile.training.config import TrainConfig
+from lte_compile.training.loop import train
 from lte_compile.transform import transform
 
 if TYPE_CHECKING:
-    from lte_compile.hf_trainer import LteTrainer
-    from lte_compile.onnx_api import export_onnx
-    from lte_compile.onnx_folders import export_folder
-    from lte_compile.streaming import convert_checkpoint
+    from lte_compile.checkpoints.streaming import convert_checkpoint
+    from lte_compile.huggingface.trainer import LteTrainer
+    from lte_compile.serving.folders import export_folder
+    from lte_compile.serving.onnx_file import export_onnx
 
 __version__ = "0.1.0"
 
 # Names whose modules need an optional extra (pyproject.toml); imported when first used.
 _LAZY = {
-    "LteTrainer": "lte_compile.hf_trainer",
-    "convert_checkpoint": "lte_compile.streaming",
-    "export_folder": "lte_compile.onnx_folders",
-    "export_onnx": "lte_compile.onnx_api",
+    "LteTrainer": "lte_compile.huggingface.trainer",
+    "convert_checkpoint": "lte_compile.checkpoints.streaming",
+    "export_folder": "lte_compile.serving.folders",
+    "export_onnx": "lte_compile.serving.onnx_file",
 }
 
 

@@ -35,6 +35,14 @@ class RouterKind(StrEnum):
     TWO_LAYER = "two-layer"
 
 
+class FitTarget(StrEnum):
+    """What routers are fitted to: the energy that an expert adds to its FFN's output, every layer with the target's
+    share; or its effect on the model's outputs, with one cut for all layers (lte_compile.calibration.effects)."""
+
+    ENERGY = "energy"
+    EFFECT = "effect"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """How FFNs become routers plus experts.
@@ -46,9 +54,9 @@ class TransformConfig:
         threshold: tau in gates = [score > tau]; 0.5 is the paper's.
         selection: name of the rule that turns scores into gates in the hard stage (lte_compile.kernels.selection).
         router_bias: give routers a bias. The paper's have none; a bias lets a router be "on by default", which the
-            regression initialisation (lte_compile.router_init) needs.
+            regression initialisation (lte_compile.routing.linear_fit) needs.
         router: see `RouterKind`.
-        router_rank: features of a two-layer router; None leaves it to the width (lte_compile.two_layer_router).
+        router_rank: features of a two-layer router; None leaves it to the width (lte_compile.routing.two_layer).
     """
 
     expert_size: int = 32

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from lte_compile.baselines import oracle_selection, remove_ffns
 from lte_compile.bench import bench_ffn
-from lte_compile.calibration import calibrate, collect_activations, evaluate_routers, set_density
+from lte_compile.calibration.density import calibrate, evaluate_routers, set_density
+from lte_compile.calibration.watching import collect_activations
+from lte_compile.checkpoints.loading import load_classifier
+from lte_compile.checkpoints.persistence import save_pretrained
 from lte_compile.config import Grouping, Stage, TransformConfig
 from lte_compile.data.batches import TextBatches, classification_batches, encode_rows, evaluation_batches
 from lte_compile.data.models import resolve_model
 from lte_compile.data.provenance import read_provenance
 from lte_compile.data.tasks import LabelledTask, load_task
-from lte_compile.environment import describe_environment
-from lte_compile.evaluation import (
+from lte_compile.evaluation.quality import (
     evaluate,
     ffn_flops_per_token,
     num_experts,
@@ -35,13 +37,10 @@ from lte_compile.evaluation import (
     sites_of,
 )
 from lte_compile.exporters.runtime import open_session, run
-from lte_compile.inspection import inspect
-from lte_compile.loading import load_classifier
-from lte_compile.losses import Batch
-from lte_compile.onnx_api import export_onnx
-from lte_compile.persistence import save_pretrained
-from lte_compile.report import write_report
-from lte_compile.results import (
+from lte_compile.inspection.sites import inspect
+from lte_compile.reports.environment import describe_environment
+from lte_compile.reports.page import write_report
+from lte_compile.reports.results import (
     BudgetRow,
     CurvePoint,
     LatencyRow,
@@ -50,10 +49,12 @@ from lte_compile.results import (
     RunResult,
     ScoreHistogram,
 )
-from lte_compile.routing import set_stage
-from lte_compile.tracing import site_names, trace_routers
-from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import FIT_BATCHES, OnStep, StepEvent, peek_batches, train
+from lte_compile.routing.router import set_stage
+from lte_compile.running.tracing import site_names, trace_routers
+from lte_compile.serving.onnx_file import export_onnx
+from lte_compile.training.config import Phase, TrainConfig
+from lte_compile.training.loop import FIT_BATCHES, OnStep, StepEvent, peek_batches, train
+from lte_compile.training.losses import Batch
 from lte_compile.transform import transform
 
 # Validation batches (of 64 questions) the density is steered by: 128 questions, about 1,500 tokens.

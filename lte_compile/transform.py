@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from lte_compile.attach import attach_routers
-from lte_compile.calibration import down_norms
-from lte_compile.capture import Inputs, as_call
+from lte_compile.calibration.watching import down_norms
+from lte_compile.capture.capture import Inputs, as_call
+from lte_compile.capture.meta import as_if_on_cpu, inputs_as_if_on_cpu, is_meta
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.grouping import GroupingRequest, check_expert_size, group_neurons
-from lte_compile.hf_registration import remember_plan
-from lte_compile.inspection import Inspection, inspect, require_sites
-from lte_compile.meta import as_if_on_cpu, inputs_as_if_on_cpu, is_meta
-from lte_compile.modes import eval_mode
+from lte_compile.huggingface.registration import remember_plan
+from lte_compile.inspection.sites import Inspection, inspect, require_sites
 from lte_compile.passes.ir import FfnSite
-from lte_compile.permutation import permute_neurons, projection_rows
-from lte_compile.places import locate, name_routers
-from lte_compile.router_init import centroid_router
-from lte_compile.router_kinds import new_router
-from lte_compile.routing import Router, routers
+from lte_compile.rewriting.attach import attach_routers
+from lte_compile.rewriting.permutation import permute_neurons, projection_rows
+from lte_compile.rewriting.places import locate, name_routers
+from lte_compile.routing.kinds import new_router
+from lte_compile.routing.linear_fit import centroid_router
+from lte_compile.routing.router import Router, routers
+from lte_compile.running.modes import eval_mode
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lte_compile.checkpoints.loading import load_model
+from lte_compile.checkpoints.persistence import INDEX_FILE, load_pretrained, save_pretrained
 from lte_compile.config import TransformConfig
-from lte_compile.loading import load_model
-from lte_compile.persistence import INDEX_FILE, load_pretrained, save_pretrained
-from lte_compile.plan import plan_of
+from lte_compile.rewriting.plan import plan_of
 from lte_compile.transform import transform
 from tests.zoo import build
 

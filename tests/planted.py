@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lte_compile.baselines import Workbench
 from lte_compile.config import TransformConfig
-from lte_compile.train_config import TrainConfig
+from lte_compile.training.config import TrainConfig
 
 KINDS, GROUP, WIDTH, CLASSES, LENGTH = 4, 8, 20, 3, 5
 HIDDEN = KINDS * GROUP

@@ -18,8 +18,8 @@ from lte_compile.backend import lte_backend, rewrite_graph
 from lte_compile.config import TransformConfig
 from lte_compile.passes.anchors import is_lte, lte_name
 from lte_compile.passes.ir import PassReport
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests.routed import routed, stack, tokens
 

@@ -15,17 +15,17 @@ import transformers as tf
 from accelerate import init_empty_weights
 from torch import Tensor, fx, nn
 
-from lte_compile.capture import capture
+from lte_compile.capture.capture import capture
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.graph import graph
-from lte_compile.inspection import inspect
+from lte_compile.inspection.graphs import graph
+from lte_compile.inspection.sites import inspect
 from lte_compile.passes.fuse import FuseExperts
 from lte_compile.passes.insert import InsertRouter
 from lte_compile.passes.ir import CapturedGraph
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.match import find_ffns
 from lte_compile.passes.pipeline import run_pipeline
-from lte_compile.routing import Router, routers, set_stage
+from lte_compile.routing.router import Router, routers, set_stage
 from lte_compile.transform import transform
 from tests.routed import routed, stack, tokens
 from tests.zoo import build

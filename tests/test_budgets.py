@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.budgets import NUM_NODES, Budgets, lower_logits
-from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, place_thresholds, set_density
+from lte_compile.calibration.density import calibrate, evaluate_routers, place_thresholds, set_density
+from lte_compile.calibration.fitting import fit_routers
 from lte_compile.config import RouterKind, Stage, TransformConfig
-from lte_compile.distributed import ALONE
-from lte_compile.evaluation import evaluate
-from lte_compile.losses import micro_batches
-from lte_compile.router_init import logit_of
-from lte_compile.routing import lowered, routers, set_stage
-from lte_compile.steering import MOST_SHIFT, HeldOut
-from lte_compile.train_config import BudgetDraw, TrainConfig
-from lte_compile.training import StepEvent, train
+from lte_compile.evaluation.quality import evaluate
+from lte_compile.routing.linear_fit import logit_of
+from lte_compile.routing.router import lowered, routers, set_stage
+from lte_compile.training.budgets import NUM_NODES, Budgets, lower_logits
+from lte_compile.training.config import BudgetDraw, TrainConfig
+from lte_compile.training.distributed import ALONE
+from lte_compile.training.loop import StepEvent, train
+from lte_compile.training.losses import micro_batches
+from lte_compile.training.steering import MOST_SHIFT, HeldOut
 from lte_compile.transform import transform
 from tests import planted
 from tests.routed import routed, stack, tokens

@@ -9,18 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.calibration import (
-    calibrate,
-    collect_activations,
-    evaluate_routers,
-    fit_routers,
-    set_density,
-)
+from lte_compile.calibration.density import calibrate, evaluate_routers, set_density
+from lte_compile.calibration.fitting import fit_routers
+from lte_compile.calibration.watching import collect_activations
 from lte_compile.config import Grouping, Stage, TransformConfig
-from lte_compile.graph import graph
-from lte_compile.inspection import inspect
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import site_names, trace_routers
+from lte_compile.inspection.graphs import graph
+from lte_compile.inspection.sites import inspect
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import site_names, trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed, routed_stack, stack, tokens

@@ -11,8 +11,8 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture, capture_all, capture_by_dynamo, dummy_inputs
-from lte_compile.dummies import BATCH
+from lte_compile.capture.capture import Call, capture, capture_all, capture_by_dynamo, dummy_inputs
+from lte_compile.capture.dummies import BATCH
 from lte_compile.passes.dataflow import fake_value
 from lte_compile.passes.match import find_ffns
 from tests.zoo import build, families

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from lte_compile.claims import claim
+from lte_compile.baselines.claims import claim
 
 
 def _hold(path: Path, is_held: Event) -> None:

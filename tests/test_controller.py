@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lte_compile.controller import MAX_ETA, DensityController
+from lte_compile.training.controller import MAX_ETA, DensityController
 
 
 def _plant(target: float, start: float, *, steps: int = 200, push: float = 0.3) -> list[float]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lte_compile.baselines import oracle_selection, remove_ffns
 from lte_compile.config import TransformConfig
-from lte_compile.evaluation import evaluate, ffn_flops_per_token, num_experts, router_parameters, sites_of
-from lte_compile.inspection import inspect
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.evaluation.quality import evaluate, ffn_flops_per_token, num_experts, router_parameters, sites_of
+from lte_compile.inspection.sites import inspect
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed

@@ -8,9 +8,9 @@ from torch import nn
 
 import lte_compile as lte
 from lte_compile.config import Stage
-from lte_compile.explanation import REFERENCE_FORM
+from lte_compile.inspection.kernels import REFERENCE_FORM
 from lte_compile.kernels.lowering import LOWERINGS
-from lte_compile.layouts import set_layout
+from lte_compile.rewriting.layouts import set_layout
 from tests.routed import routed, stack, tokens
 
 NAMES = {lowering.name for lowering in LOWERINGS}

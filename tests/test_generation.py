@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lte_compile.data.batches import Example, collate, encode_pairs, pack
 from lte_compile.data.tasks import Pairs
-from lte_compile.generation import mean_rouge_l
-from lte_compile.tasks_api import EncodedTask, TaskKind, TaskSize, open_task
+from lte_compile.evaluation.generation import mean_rouge_l
+from lte_compile.evaluation.tasks import EncodedTask, TaskKind, TaskSize, open_task
 from tests.zoo import build
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from lte_compile import training
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import Example, TextBatches
-from lte_compile.losses import weighted_loss
-from lte_compile.routing import set_stage
-from lte_compile.step_graphs import StepGraph, _Recording
-from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import StepEvent, train
+from lte_compile.routing.router import set_stage
+from lte_compile.training import loop as training
+from lte_compile.training.config import Phase, TrainConfig
+from lte_compile.training.loop import StepEvent, train
+from lte_compile.training.losses import weighted_loss
+from lte_compile.training.step_graphs import StepGraph, _Recording
 from lte_compile.transform import transform
 from tests.test_layer_compilation import deep_llama
 

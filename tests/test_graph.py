@@ -1,4 +1,4 @@
-"""lte_compile.graph: what is printed for models in each state, and that looking changes nothing."""
+"""lte_compile.inspection.graphs: what is printed for models in each state, and that looking changes nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lte_compile.config import TransformConfig
-from lte_compile.graph import graph
-from lte_compile.routing import set_stage
+from lte_compile.inspection.graphs import graph
+from lte_compile.routing.router import set_stage
 from lte_compile.transform import transform
 from tests.routed import routed, stack, tokens
 from tests.zoo import build

@@ -12,10 +12,10 @@ import transformers as tf
 from torch import Tensor
 
 from lte_compile.config import Stage
-from lte_compile.hf_trainer import LteTrainer
-from lte_compile.routing import routers
-from lte_compile.tracing import trace_routers
-from lte_compile.train_config import Gates, TrainConfig
+from lte_compile.huggingface.trainer import LteTrainer
+from lte_compile.routing.router import routers
+from lte_compile.running.tracing import trace_routers
+from lte_compile.training.config import Gates, TrainConfig
 from tests import zoo
 from tests.routed import routed
 

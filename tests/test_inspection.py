@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.inspection import Inspection, inspect, require_sites
+from lte_compile.inspection.sites import Inspection, inspect, require_sites
 from lte_compile.passes.ir import FfnSite
 from tests.zoo import build
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lte_compile.distributed import ALONE, device_of_process, join
-from lte_compile.launch import Launch, ReportedOnce, launched
+from lte_compile.training.distributed import ALONE, device_of_process, join
+from lte_compile.training.launch import Launch, ReportedOnce, launched
 
 TORCHRUN = {
     "RANK": "3",

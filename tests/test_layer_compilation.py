@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lte_compile import layer_compilation
-from lte_compile.budgets import lower_logits
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import Example, TextBatches
-from lte_compile.layer_compilation import Accelerated, repeated_layers
-from lte_compile.losses import LossWeights, MicroBatch, micro_batches, weighted_loss
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
-from lte_compile.train_config import TrainConfig
-from lte_compile.training import StepEvent, train
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
+from lte_compile.training import layer_compilation
+from lte_compile.training.budgets import lower_logits
+from lte_compile.training.config import TrainConfig
+from lte_compile.training.layer_compilation import Accelerated, repeated_layers
+from lte_compile.training.loop import StepEvent, train
+from lte_compile.training.losses import LossWeights, MicroBatch, micro_batches, weighted_loss
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lte_compile.layer_distances import layer_distance, layer_outputs
-from lte_compile.losses import LossWeights, micro_batches, weighted_loss
+from lte_compile.training.layer_distances import layer_distance, layer_outputs
+from lte_compile.training.losses import LossWeights, micro_batches, weighted_loss
 from tests.zoo import VOCAB, build
 
 

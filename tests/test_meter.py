@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte_compile.costs import Reads, ffn_weights, ffn_weights_read
-from lte_compile.meter import SPANS, SelectionReport, measuring
+from lte_compile.evaluation.costs import Reads, ffn_weights, ffn_weights_read
+from lte_compile.evaluation.meter import SPANS, SelectionReport, measuring
+from lte_compile.evaluation.selectors import Selector, installed
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import routers, set_stage
-from lte_compile.selectors import Selector, installed
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from tests.routed import routed, routed_stack, stack, tokens
 
 PLAIN = FfnSite(up="up.weight", gate=None, down="down.weight", width=10, hidden=40, activation="relu", gated=False)

@@ -17,11 +17,11 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lte_compile.checkpoints.persistence import PLAN_FILE, load_pretrained, save_pretrained
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.kernels.layout import is_neuron_major
-from lte_compile.persistence import PLAN_FILE, load_pretrained, save_pretrained
-from lte_compile.plan import parse_plan, plan_of
-from lte_compile.routing import require_routers, routers, set_stage
+from lte_compile.rewriting.plan import parse_plan, plan_of
+from lte_compile.routing.router import require_routers, routers, set_stage
 from lte_compile.transform import transform
 from tests.routed import routed, routed_stack, stack, tokens
 

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from lte_compile.data.provenance import Provenance
-from lte_compile.report import plot_data, render_table, write_report
-from lte_compile.results import (
+from lte_compile.reports.page import plot_data, render_table, write_report
+from lte_compile.reports.results import (
     BudgetRow,
     CurvePoint,
     Environment,

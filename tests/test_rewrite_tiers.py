@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lte_compile
-from lte_compile.calibration import calibrate, collect_activations, fit_routers, set_density
+from lte_compile.calibration.density import calibrate, set_density
+from lte_compile.calibration.fitting import fit_routers
+from lte_compile.calibration.watching import collect_activations
+from lte_compile.checkpoints.persistence import load_pretrained, save_pretrained
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.inspection import inspect
-from lte_compile.persistence import load_pretrained, save_pretrained
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.inspection.sites import inspect
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed as routed_family

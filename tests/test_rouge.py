@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lte_compile.rouge import rouge_l
+from lte_compile.evaluation.rouge import rouge_l
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte_compile.router_init import RidgeRouterFit, centroid_router, group_energy
+from lte_compile.routing.linear_fit import RidgeRouterFit, centroid_router, group_energy
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.attach import attach_router
 from lte_compile.config import Stage, TransformConfig
-from lte_compile.modes import eval_mode, in_stage
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router, require_routers, routers, set_stage
+from lte_compile.rewriting.attach import attach_router
+from lte_compile.routing.router import Router, require_routers, routers, set_stage
+from lte_compile.running.modes import eval_mode, in_stage
 from tests.routed import Block, stack, tokens
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lte_compile.baselines.kla import TopNeurons
 from lte_compile.baselines.teal import InputThresholds
-from lte_compile.calibration import locate_sites
-from lte_compile.inspection import inspect
+from lte_compile.calibration.watching import locate_sites
+from lte_compile.evaluation.selectors import Selector, installed, selectors
+from lte_compile.inspection.sites import inspect
 from lte_compile.passes.ir import FfnSite
-from lte_compile.selectors import Selector, installed, selectors
 from tests import zoo
 
 FAMILIES = ("bert", "llama", "phi3", "gpt2", "opt")  # modules, gated, fused gate_up, Conv1D, inlined

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.calibration import evaluate_routers, fit_routers
+from lte_compile.calibration.density import evaluate_routers
+from lte_compile.calibration.effects import fit_routers_to_effects, watch_weighted
+from lte_compile.calibration.fitting import fit_routers
 from lte_compile.config import TransformConfig
-from lte_compile.naming import current_sites
-from lte_compile.routing import require_routers, set_stage
-from lte_compile.sensitivity import fit_routers_to_effects, watch_weighted
-from lte_compile.tracing import trace_routers
+from lte_compile.rewriting.naming import current_sites
+from lte_compile.routing.router import require_routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests.routed import routed
 

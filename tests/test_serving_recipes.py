@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from lte_compile.checkpoints.persistence import save_pretrained
 from lte_compile.cli.app import app
 from lte_compile.exporters.runtime import run
-from lte_compile.persistence import save_pretrained
 from tests.exporters.hard import shallow
 from tests.exporters.model_config import parse_model_config
 from tests.zoo import VOCAB

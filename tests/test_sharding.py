@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lte_compile.distributed import require_plain
-from lte_compile.sharding import layers_of, whole
+from lte_compile.training.distributed import require_plain
+from lte_compile.training.sharding import layers_of, whole
 from tests.routed import Block
 from tests.zoo import build
 

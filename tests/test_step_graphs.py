@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.losses import LossWeights, MicroBatch
-from lte_compile.step_graphs import MOST, STEPS_BEFORE, StepGraph
+from lte_compile.training.losses import LossWeights, MicroBatch
+from lte_compile.training.step_graphs import MOST, STEPS_BEFORE, StepGraph
 
 WEIGHTS = LossWeights(efficiency=0.5, watched=True)
 

@@ -16,12 +16,12 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lte_compile.checkpoints.persistence import INDEX_FILE, load_pretrained
+from lte_compile.checkpoints.streaming import convert_checkpoint, plan_stream
+from lte_compile.checkpoints.streaming_files import Entry, Shard, create_shard, open_shard
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.data.models import resolve_model
-from lte_compile.persistence import INDEX_FILE, load_pretrained
-from lte_compile.routing import routers
-from lte_compile.streaming import convert_checkpoint, plan_stream
-from lte_compile.streaming_files import Entry, Shard, create_shard, open_shard
+from lte_compile.routing.router import routers
 from tests.checkpoints import CONFIG, assert_equal, in_memory, saved
 
 
@@ -92,7 +92,7 @@ MEASURED = """
 import re, sys, torch
 torch.set_num_threads(1)
 from lte_compile import TransformConfig
-from lte_compile.streaming import plan_stream, run_stream
+from lte_compile.checkpoints.streaming import plan_stream, run_stream
 from pathlib import Path
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 plan = plan_stream(Path(sys.argv[1]), TransformConfig(grouping="random"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.tracing import SEPARABILITY_EPS, site_names, trace_routers
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.running.tracing import SEPARABILITY_EPS, site_names, trace_routers
 from tests import zoo
 from tests.routed import EXPERT_SIZE, routed, routed_stack, stack, tokens
 

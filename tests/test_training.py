@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import Example, TextBatches
-from lte_compile.evaluation import evaluate
-from lte_compile.losses import LossWeights, micro_batches, weighted_loss
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.train_config import Gates, Phase, TrainConfig
-from lte_compile.training import StepEvent, build_optimizer, train
+from lte_compile.evaluation.quality import evaluate
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.training.config import Gates, Phase, TrainConfig
+from lte_compile.training.loop import StepEvent, build_optimizer, train
+from lte_compile.training.losses import LossWeights, micro_batches, weighted_loss
 from lte_compile.transform import transform
 from tests.routed import routed
 from tests.zoo import build
@@ -146,7 +146,7 @@ _CHILD = """
 import sys, torch
 from pathlib import Path
 from tests.test_training import _batches, _config, _held_out, _model
-from lte_compile.training import train
+from lte_compile.training.loop import train
 print("ready", flush=True)
 train(_model(), _batches(), _config(stage1_steps=4000, checkpoint_every=3), held_out=_held_out(),
       directory=Path(sys.argv[1]), on_step=lambda e: print(e.step, flush=True))

@@ -13,12 +13,12 @@ from torch import nn
 from lte_compile.baselines import find_method
 from lte_compile.baselines.traces import joined
 from lte_compile.data.batches import Example, TextBatches
-from lte_compile.losses import LossWeights, micro_batches, weighted_loss
-from lte_compile.modes import dropout_of
-from lte_compile.routing import set_stage
-from lte_compile.tracing import trace_routers
-from lte_compile.train_config import Teacher, TrainConfig
-from lte_compile.training import StepEvent, train
+from lte_compile.routing.router import set_stage
+from lte_compile.running.modes import dropout_of
+from lte_compile.running.tracing import trace_routers
+from lte_compile.training.config import Teacher, TrainConfig
+from lte_compile.training.loop import StepEvent, train
+from lte_compile.training.losses import LossWeights, micro_batches, weighted_loss
 from tests.planted import workbench
 from tests.routed import routed
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_compile.calibration import collect_activations
+from lte_compile.calibration.watching import collect_activations
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.inspection import inspect
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.tracing import site_names
+from lte_compile.inspection.sites import inspect
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.running.tracing import site_names
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import EXPERT_SIZE, Block, routed, routed_stack, stack, tokens

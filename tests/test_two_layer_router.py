@@ -17,21 +17,22 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lte_compile.calibration import calibrate, evaluate_routers, fit_routers, set_density
+from lte_compile.calibration.density import calibrate, evaluate_routers, set_density
+from lte_compile.calibration.fitting import fit_routers
+from lte_compile.checkpoints.persistence import load_pretrained, save_pretrained
+from lte_compile.checkpoints.streaming import convert_checkpoint
 from lte_compile.config import Grouping, RouterKind, TransformConfig
-from lte_compile.meter import measuring
+from lte_compile.evaluation.meter import measuring
 from lte_compile.passes.ir import FfnSite, Fusion
-from lte_compile.permutation import up_projection
-from lte_compile.persistence import load_pretrained, save_pretrained
-from lte_compile.plan import plan_of
-from lte_compile.router_init import RidgeRouterFit
-from lte_compile.router_kinds import new_router
-from lte_compile.routing import Router, require_routers, routers, set_stage
-from lte_compile.streaming import convert_checkpoint
-from lte_compile.tracing import trace_routers
+from lte_compile.rewriting.permutation import up_projection
+from lte_compile.rewriting.plan import plan_of
+from lte_compile.routing.kinds import new_router
+from lte_compile.routing.linear_fit import RidgeRouterFit
+from lte_compile.routing.router import Router, require_routers, routers, set_stage
+from lte_compile.routing.two_layer import TwoLayerRouter
+from lte_compile.routing.two_layer_fit import TwoLayerFit
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
-from lte_compile.two_layer_fit import TwoLayerFit
-from lte_compile.two_layer_router import TwoLayerRouter
 from tests import zoo
 from tests.checkpoints import assert_equal, in_memory, saved
 from tests.routed import stack, tokens

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.thresholds import ThresholdSelector, by_thresholds
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.costs import Reads
+from lte_compile.evaluation.costs import Reads
 from lte_compile.kernels.activations import find_activation
 from lte_compile.passes.ir import FfnSite
-from lte_compile.permutation import projection_bias, projection_rows
+from lte_compile.rewriting.permutation import projection_bias, projection_rows
 
 
 class GateThreshold(ThresholdSelector):

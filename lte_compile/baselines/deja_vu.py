@@ -18,7 +18,7 @@ from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.kernels.selection import top_share
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router
+from lte_compile.routing.router import Router
 
 LEARNING_RATE = 1e-3  # Adam, the authors' code
 # R = D / 8: the authors' 1,024 at D = 12,288 is D / 12, which on models as small as ours leaves ranks of 32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.selectors import Selector, installed
+from lte_compile.evaluation.selectors import Selector, installed
 
 
 @method("dense", title="Dense", granularity=Granularity.FFN, needs=Needs.TRAINING, only_density=1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.passes.ir import FfnSite, Fusion
-from lte_compile.train_config import Phase
+from lte_compile.training.config import Phase
 
 
 @method("ffn-free", title="Without FFNs", granularity=Granularity.FFN, needs=Needs.TRAINING, only_density=0.0)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
+from lte_compile.evaluation.selectors import Selector, installed
 from lte_compile.kernels.selection import top_share
 from lte_compile.passes.ir import FfnSite
-from lte_compile.selectors import Selector, installed
 
 
 class TopNeurons(Selector):

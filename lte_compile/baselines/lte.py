@@ -10,10 +10,10 @@ from torch import nn
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.calibration import place_thresholds
+from lte_compile.calibration.density import place_thresholds
 from lte_compile.config import Stage
-from lte_compile.routing import set_stage
-from lte_compile.train_config import Phase, lte_phases
+from lte_compile.routing.router import set_stage
+from lte_compile.training.config import Phase, lte_phases
 
 
 @method("lte", title="LTE", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)

@@ -1,4 +1,4 @@
-"""LTE trained once for a range of densities (lte_compile.budgets), its thresholds moved to each."""
+"""LTE trained once for a range of densities (lte_compile.training.budgets), its thresholds moved to each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.budgets import Budgets
-from lte_compile.calibration import calibrate, place_thresholds
+from lte_compile.calibration.density import calibrate, place_thresholds
 from lte_compile.config import Stage
-from lte_compile.routing import set_stage
-from lte_compile.train_config import lte_phases
+from lte_compile.routing.router import set_stage
+from lte_compile.training.budgets import Budgets
+from lte_compile.training.config import lte_phases
 
 # Where the configuration has none.
 RANGE = (0.2, 0.6)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Grouping
+from lte_compile.evaluation.selectors import Selector, installed
 from lte_compile.grouping import GroupingRequest, group_neurons
 from lte_compile.kernels.experts import sum_per_expert
 from lte_compile.kernels.selection import top_share
 from lte_compile.passes.ir import FfnSite
-from lte_compile.permutation import permute_neurons, projection_rows
-from lte_compile.selectors import Selector, installed
+from lte_compile.rewriting.permutation import permute_neurons, projection_rows
 
 
 class TopExperts(Selector):

@@ -18,7 +18,7 @@ from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router
+from lte_compile.routing.router import Router
 
 LEARNING_RATE = 0.01  # Adam, the authors' code
 

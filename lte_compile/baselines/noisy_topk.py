@@ -18,8 +18,8 @@ from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.kernels.selection import top_share
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router
-from lte_compile.train_config import Phase
+from lte_compile.routing.router import Router
+from lte_compile.training.config import Phase
 
 # LTE's authors train routers from scratch at this rate; the default rate here is for fitted ones (docs/training.md).
 LEARNING_RATE = 1e-2

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.calibration import SeeFfn, watch_ffns
+from lte_compile.calibration.watching import SeeFfn, watch_ffns
 from lte_compile.config import RouterKind, Stage, TransformConfig
-from lte_compile.modes import in_stage
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router, require_routers, set_stage
+from lte_compile.routing.router import Router, require_routers, set_stage
+from lte_compile.running.modes import in_stage
 from lte_compile.transform import transform
 
 R = TypeVar("R", bound=Router)

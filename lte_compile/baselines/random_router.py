@@ -16,8 +16,8 @@ from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import Router
-from lte_compile.train_config import Phase
+from lte_compile.routing.router import Router
+from lte_compile.training.config import Phase
 
 
 @method("random", title="Random router", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lte_compile.losses import Batch
+from lte_compile.training.losses import Batch
 
 # Token positions of a joined batch: those of 16 windows of 512 tokens, which keep a GPU busy. Thousands of steps of
 # 32 short texts take longer than the trainings that are compared with.

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lte_compile.baselines.claims import claim
 from lte_compile.baselines.traces import joined
-from lte_compile.calibration import collect_activations, locate_sites
-from lte_compile.claims import claim
+from lte_compile.calibration.watching import collect_activations, locate_sites
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.inspection import inspect, require_sites
-from lte_compile.losses import Batch
+from lte_compile.inspection.sites import inspect, require_sites
 from lte_compile.passes.ir import FfnSite
-from lte_compile.routing import routers
-from lte_compile.train_config import Phase, Teacher, TrainConfig
-from lte_compile.training import Batches, OnStep, peek_batches, train
+from lte_compile.routing.router import routers
+from lte_compile.training.config import Phase, Teacher, TrainConfig
+from lte_compile.training.loop import Batches, OnStep, peek_batches, train
+from lte_compile.training.losses import Batch
 from lte_compile.transform import transform
 
 # Training batches that co-activation grouping looks at; docs/training.md's runs used as many.

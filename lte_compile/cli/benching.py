@@ -11,12 +11,12 @@ import torch
 from rich.table import Table
 
 from lte_compile.bench import LAYERS, FfnLatency, FfnShape, bench_ffn, kernel_choice
+from lte_compile.checkpoints.loading import load_model
 from lte_compile.cli.converting import pick_dtype
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import find_model, pick_device
-from lte_compile.inspection import inspect, require_sites
-from lte_compile.loading import load_model
-from lte_compile.progress import TrainingProgress
+from lte_compile.inspection.sites import inspect, require_sites
+from lte_compile.training.progress import TrainingProgress
 
 # Copies of a large model's layers would not fit into memory, and beyond this no cache holds any of them anyway.
 MAX_BENCH_BYTES = 1 << 30

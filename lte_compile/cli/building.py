@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 from lte_compile.cli.output import Outcome, facts_table
-from lte_compile.ort_library import build_ort_library
+from lte_compile.serving.ort_library import build_ort_library
 
 
 def build_library(out: Path | None, compiler: str | None, cuda: bool | None) -> Outcome:

@@ -11,8 +11,8 @@ import typer
 from lte_compile.cli import options
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, emit, only_result_on_stdout
-from lte_compile.config import Grouping, RouterKind, TransformConfig
-from lte_compile.train_config import BudgetDraw, FitTarget, Gates, Teacher, TrainConfig
+from lte_compile.config import FitTarget, Grouping, RouterKind, TransformConfig
+from lte_compile.training.config import BudgetDraw, Gates, Teacher, TrainConfig
 
 
 def _show(work: Callable[[], Outcome], as_json: bool) -> None:

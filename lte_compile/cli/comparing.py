@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from lte_compile.baselines import METHODS, Needs, Workbench
-from lte_compile.claims import claim
+from lte_compile.baselines.claims import claim
+from lte_compile.checkpoints.loading import is_transformed, load_tokenizer
+from lte_compile.checkpoints.persistence import save_pretrained
 from lte_compile.cli.evaluating import CALIBRATION_BATCHES
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, finite
@@ -27,21 +29,19 @@ from lte_compile.cli.preparing import (
     pick_device,
 )
 from lte_compile.cli.training import finetune_steps_of, steering_batches
-from lte_compile.comparison import Point, PointResult, points_of, read_points, run_points
-from lte_compile.comparison_plot import density_plot, tradeoff_plot
-from lte_compile.comparison_table import comparison_rows, markdown, render_comparison
+from lte_compile.comparison.plot import density_plot, tradeoff_plot
+from lte_compile.comparison.run import Point, PointResult, points_of, read_points, run_points
+from lte_compile.comparison.table import comparison_rows, markdown, render_comparison
 from lte_compile.config import TransformConfig
 from lte_compile.data.batches import TextBatches
 from lte_compile.data.tasks import Task
-from lte_compile.environment import describe_environment
-from lte_compile.evaluation import Evaluation
-from lte_compile.loading import is_transformed, load_tokenizer
-from lte_compile.persistence import save_pretrained
-from lte_compile.progress import TrainingProgress
-from lte_compile.results import write_atomically
-from lte_compile.tasks_api import EncodedTask
-from lte_compile.train_config import Phase, Teacher, TrainConfig
-from lte_compile.training import train
+from lte_compile.evaluation.quality import Evaluation
+from lte_compile.evaluation.tasks import EncodedTask
+from lte_compile.reports.environment import describe_environment
+from lte_compile.reports.results import write_atomically
+from lte_compile.training.config import Phase, Teacher, TrainConfig
+from lte_compile.training.loop import train
+from lte_compile.training.progress import TrainingProgress
 
 SETTINGS_FILE, POINTS, CHECKPOINTS, MODELS = "settings.json", "points", "checkpoints", "models"
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte_compile.dummies import dummy_inputs
-from lte_compile.loading import load_model
-from lte_compile.modes import eval_mode
+from lte_compile.capture.dummies import dummy_inputs
+from lte_compile.checkpoints.loading import load_model
+from lte_compile.running.modes import eval_mode
 
 
 @dataclass(frozen=True, kw_only=True)

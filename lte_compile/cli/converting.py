@@ -10,20 +10,20 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from lte_compile.calibration import collect_activations
+from lte_compile.calibration.watching import collect_activations
+from lte_compile.checkpoints.loading import TOKENIZER_FILES, load_model, load_tokenizer
+from lte_compile.checkpoints.persistence import save_pretrained
+from lte_compile.checkpoints.streaming import StreamPlan, plan_stream, run_stream
 from lte_compile.cli.convert_comparison import Comparison, compare_directories, run_once
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome, facts_table
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.evaluation import router_parameters, sites_of
-from lte_compile.inspection import inspect
-from lte_compile.loading import TOKENIZER_FILES, load_model, load_tokenizer
-from lte_compile.losses import Batch
-from lte_compile.persistence import save_pretrained
-from lte_compile.progress import TrainingProgress
-from lte_compile.streaming import StreamPlan, plan_stream, run_stream
-from lte_compile.tasks_api import without_labels
+from lte_compile.evaluation.quality import router_parameters, sites_of
+from lte_compile.evaluation.tasks import without_labels
+from lte_compile.inspection.sites import inspect
+from lte_compile.training.losses import Batch
+from lte_compile.training.progress import TrainingProgress
 from lte_compile.transform import transform
 
 # Batches whose activations group neurons: 16 windows of 256 tokens or as many batches of 32 texts hold a few thousand.

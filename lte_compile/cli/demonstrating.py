@@ -10,9 +10,9 @@ from rich.table import Table
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import check_output
 from lte_compile.demo import DemoConfig, run_demo
-from lte_compile.progress import TrainingProgress
-from lte_compile.result_table import percent, render_table
-from lte_compile.results import RunResult
+from lte_compile.reports.results import RunResult
+from lte_compile.reports.table import percent, render_table
+from lte_compile.training.progress import TrainingProgress
 
 
 def demonstrate(out: Path, *, quick: bool) -> Outcome:

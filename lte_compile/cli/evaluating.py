@@ -9,19 +9,19 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from lte_compile.calibration import place_thresholds
+from lte_compile.calibration.density import place_thresholds
+from lte_compile.checkpoints.loading import has_classifier, is_transformed
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import encode, find_model, find_task, load_for, pick_device
 from lte_compile.config import Stage
 from lte_compile.data.batches import Example
 from lte_compile.data.tasks import LabelledTask, Task
-from lte_compile.evaluation import Evaluation
-from lte_compile.loading import has_classifier, is_transformed
-from lte_compile.progress import TrainingProgress
-from lte_compile.result_table import percent, quality_text
-from lte_compile.routing import routers, set_stage
-from lte_compile.tasks_api import EncodedTask
+from lte_compile.evaluation.quality import Evaluation
+from lte_compile.evaluation.tasks import EncodedTask
+from lte_compile.reports.table import percent, quality_text
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.training.progress import TrainingProgress
 
 # Validation batches that thresholds are placed on: 512 short texts, or 32,000 tokens of windows.
 CALIBRATION_BATCHES = 16

@@ -9,17 +9,17 @@ from rich.table import Column, Table
 from torch import nn
 
 from lte_compile.bench import FfnShape, kernel_choice
+from lte_compile.checkpoints.loading import load_model
 from lte_compile.cli.benching import BenchSettings, given_shape
 from lte_compile.cli.converting import pick_dtype
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import find_model
 from lte_compile.config import Grouping, TransformConfig
-from lte_compile.explanation import TOKENS, KernelOfSite, explain
+from lte_compile.inspection.kernels import TOKENS, KernelOfSite, explain
 from lte_compile.kernels.selection import check_density
-from lte_compile.layouts import set_layout
-from lte_compile.loading import load_model
-from lte_compile.progress import TrainingProgress
-from lte_compile.routing import routers
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import routers
+from lte_compile.training.progress import TrainingProgress
 from lte_compile.transform import transform
 
 _DEVICES = ("auto", "cpu", "cuda")

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from lte_compile.dummies import dummy_inputs
+from lte_compile.capture.dummies import dummy_inputs
 from lte_compile.exporters.runtime import OrtGenerator, OrtSeq2SeqGenerator, max_abs_difference, open_session, run
 
 

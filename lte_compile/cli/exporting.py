@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime
 from torch import nn
 
+from lte_compile.checkpoints.loading import check_generates, is_transformed, load_model
 from lte_compile.cli.converting import DTYPES
 from lte_compile.cli.export_comparison import compare_with_torch
 from lte_compile.cli.output import Outcome
@@ -15,10 +16,9 @@ from lte_compile.cli.preparing import find_model
 from lte_compile.exporters.files import check_writable
 from lte_compile.exporters.report import OnnxReport
 from lte_compile.exporters.runtime import register_library
-from lte_compile.loading import check_generates, is_transformed, load_model
-from lte_compile.onnx_api import export_onnx
-from lte_compile.onnx_folders import ONNX_RUNTIME, TARGETS, FolderReport, check_target, export_folder
-from lte_compile.progress import TrainingProgress
+from lte_compile.serving.folders import ONNX_RUNTIME, TARGETS, FolderReport, check_target, export_folder
+from lte_compile.serving.onnx_file import export_onnx
+from lte_compile.training.progress import TrainingProgress
 
 EXPORT_DTYPES = ("fp32", "fp16", "bf16")
 DYNAMIC_AXES = ("batch_and_sequence", "batch", "none")

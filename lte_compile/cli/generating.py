@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte_compile.checkpoints.loading import load_causal_lm, load_tokenizer
 from lte_compile.cli.output import Outcome, messages
 from lte_compile.cli.preparing import find_model, pick_device
-from lte_compile.loading import load_causal_lm, load_tokenizer
-from lte_compile.progress import TrainingProgress
-from lte_compile.routing import routers
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import routers
+from lte_compile.running.tracing import trace_routers
+from lte_compile.training.progress import TrainingProgress
 
 RUNTIMES = ("torch", "ort")
 

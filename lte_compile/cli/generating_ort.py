@@ -12,14 +12,14 @@ from typing import Any
 import onnxruntime
 import torch
 
+from lte_compile.checkpoints.loading import check_causal_lm, load_model
 from lte_compile.cli.preparing import find_model
 from lte_compile.exporters.genai import CONFIG_NAME
 from lte_compile.exporters.runtime import OrtGenerator, open_session
-from lte_compile.loading import check_causal_lm, load_model
-from lte_compile.onnx_api import export_onnx
-from lte_compile.onnx_folders import MODEL_FILE
-from lte_compile.onnx_seq2seq import DECODER_FILE
-from lte_compile.progress import TrainingProgress
+from lte_compile.serving.folders import MODEL_FILE
+from lte_compile.serving.onnx_file import export_onnx
+from lte_compile.serving.seq2seq import DECODER_FILE
+from lte_compile.training.progress import TrainingProgress
 
 # max_new_tokens, the prompt, what gets every token as it comes.
 Decode = Callable[[int, list[int], Callable[[int], None]], None]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lte_compile.checkpoints.loading import load_model, load_on_meta
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import find_model
-from lte_compile.inspection import Inspection, inspect
-from lte_compile.loading import load_model, load_on_meta
-from lte_compile.progress import TrainingProgress
+from lte_compile.inspection.sites import Inspection, inspect
+from lte_compile.training.progress import TrainingProgress
 
 
 def inspect_model(name: str, graph: Path | None, site: int) -> Outcome:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from lte_compile.config import Grouping, RouterKind
-from lte_compile.train_config import BudgetDraw, FitTarget, Gates
+from lte_compile.config import FitTarget, Grouping, RouterKind
+from lte_compile.training.config import BudgetDraw, Gates
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

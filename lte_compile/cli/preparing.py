@@ -15,16 +15,16 @@ import torch
 import transformers
 from torch import nn
 
+from lte_compile.checkpoints.loading import load_causal_lm, load_classifier
 from lte_compile.cli.options import TaskOptions
 from lte_compile.config import TransformConfig
 from lte_compile.data.models import resolve_model
 from lte_compile.data.provenance import read_provenance
 from lte_compile.data.tasks import LabelledTask, Task
-from lte_compile.loading import load_causal_lm, load_classifier
-from lte_compile.ort_library import ort_library_path
-from lte_compile.progress import TrainingProgress
-from lte_compile.tasks_api import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
-from lte_compile.train_config import TrainConfig
+from lte_compile.evaluation.tasks import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
+from lte_compile.serving.ort_library import ort_library_path
+from lte_compile.training.config import TrainConfig
+from lte_compile.training.progress import TrainingProgress
 
 
 def find_model(name: str, progress: TrainingProgress) -> Path:

@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from lte_compile.budgets import budgets_of
-from lte_compile.calibration import calibrate
-from lte_compile.checkpointing import latest_checkpoint
+from lte_compile.calibration.density import calibrate
+from lte_compile.checkpoints.loading import has_classifier
+from lte_compile.checkpoints.persistence import save_pretrained
 from lte_compile.cli.converting import ACTIVATION_BATCHES, activations_for
 from lte_compile.cli.evaluating import place_threshold
 from lte_compile.cli.options import TaskOptions
@@ -38,17 +38,17 @@ from lte_compile.cli.preparing import (
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.data.tasks import LabelledTask, Task
-from lte_compile.distributed import Processes, device_of_process, join
-from lte_compile.launch import ReportedOnce
-from lte_compile.loading import has_classifier
-from lte_compile.losses import Batch
-from lte_compile.persistence import save_pretrained
-from lte_compile.progress import TrainingProgress
-from lte_compile.results import write_atomically
-from lte_compile.routing import routers, set_stage
-from lte_compile.tasks_api import EncodedTask, TaskKind, without_labels
-from lte_compile.train_config import Phase, TrainConfig
-from lte_compile.training import train
+from lte_compile.evaluation.tasks import EncodedTask, TaskKind, without_labels
+from lte_compile.reports.results import write_atomically
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.training.budgets import budgets_of
+from lte_compile.training.checkpointing import latest_checkpoint
+from lte_compile.training.config import Phase, TrainConfig
+from lte_compile.training.distributed import Processes, device_of_process, join
+from lte_compile.training.launch import ReportedOnce
+from lte_compile.training.loop import train
+from lte_compile.training.losses import Batch
+from lte_compile.training.progress import TrainingProgress
 from lte_compile.transform import transform
 
 # Two epochs of 4,300 questions in batches of 32: a new classification head is as good after them as after three.

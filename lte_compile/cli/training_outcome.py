@@ -9,11 +9,11 @@ from rich.table import Table
 from torch import nn
 
 from lte_compile.cli.output import Outcome, facts_table
-from lte_compile.evaluation import Evaluation, router_parameters
-from lte_compile.result_table import percent, quality_text
-from lte_compile.routing import require_routers
-from lte_compile.tasks_api import EncodedTask
-from lte_compile.train_config import TrainConfig
+from lte_compile.evaluation.quality import Evaluation, router_parameters
+from lte_compile.evaluation.tasks import EncodedTask
+from lte_compile.reports.table import percent, quality_text
+from lte_compile.routing.router import require_routers
+from lte_compile.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class TextBatches:
         """`by_length` puts texts of similar length into one batch; windows, all of one length, need it not.
 
         L is the next multiple of `length_multiple`, or the longest example's length: batches of few lengths can each
-        have a CUDA graph (lte_compile.step_graphs).
+        have a CUDA graph (lte_compile.training.step_graphs).
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")

@@ -14,14 +14,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture_by_dynamo, capture_by_export, capture_graph_module
+from lte_compile.capture.capture import Call, capture_by_dynamo, capture_by_export, capture_graph_module
 from lte_compile.config import TransformConfig
 from lte_compile.exporters.runtime import open_session
 from lte_compile.exporters.runtime import run as run_onnx
-from lte_compile.onnx_api import export_onnx
 from lte_compile.passes.ir import CapturedGraph
 from lte_compile.passes.match import find_ffns
-from lte_compile.routing import routers
+from lte_compile.routing.router import routers
+from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 from tests.architectures.row import Inputs, Row
 

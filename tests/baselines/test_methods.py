@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lte_compile.baselines import METHODS, AtDensity, Granularity, Needs, Workbench, find_method, method
-from lte_compile.evaluation import Evaluation, evaluate
-from lte_compile.meter import SelectionReport
-from lte_compile.routing import routers
-from lte_compile.selectors import Selector, installed
+from lte_compile.evaluation.meter import SelectionReport
+from lte_compile.evaluation.quality import Evaluation, evaluate
+from lte_compile.evaluation.selectors import Selector, installed
+from lte_compile.routing.router import routers
 from tests.planted import GROUP, HIDDEN, KINDS, WIDTH, Planted, batches, kinds_of, workbench
 
 TARGETS = (0.5, 1 / KINDS)

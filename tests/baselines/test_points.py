@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lte_compile.baselines import METHODS, AtDensity, Granularity, Needs, Workbench, method
-from lte_compile.claims import claim
-from lte_compile.comparison import points_of, run_points
-from lte_compile.evaluation import Evaluation, evaluate
+from lte_compile.baselines.claims import claim
+from lte_compile.comparison.run import points_of, run_points
+from lte_compile.evaluation.quality import Evaluation, evaluate
 from tests.planted import Planted, PlantedBatches, batches, workbench
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lte_compile.comparison import PointResult, points_of, read_point
-from lte_compile.comparison_plot import density_plot, tradeoff_plot
-from lte_compile.comparison_table import comparison_rows, markdown
-from lte_compile.results import Metric
+from lte_compile.comparison.plot import density_plot, tradeoff_plot
+from lte_compile.comparison.run import PointResult, points_of, read_point
+from lte_compile.comparison.table import comparison_rows, markdown
+from lte_compile.reports.results import Metric
 from tests.cli.conftest import Run
 
 RunJson = Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lte_compile.demo import DemoConfig
-from lte_compile.results import RunResult
+from lte_compile.reports.results import RunResult
 from tests.cli.conftest import Run
 from tests.test_report import example_result
 

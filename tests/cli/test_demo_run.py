@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lte_compile.checkpoints.persistence import load_pretrained
 from lte_compile.demo import DemoConfig, run_demo
-from lte_compile.persistence import load_pretrained
-from lte_compile.results import load_result
-from lte_compile.routing import routers
-from lte_compile.training import StepEvent
+from lte_compile.reports.results import load_result
+from lte_compile.routing.router import routers
+from lte_compile.training.loop import StepEvent
 
 
 def test_the_whole_chain(bert: Path, labelled: Path, tmp_path: Path) -> None:

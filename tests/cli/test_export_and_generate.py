@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lte_compile.checkpoints.loading import load_causal_lm
 from lte_compile.cli.app import app
-from lte_compile.loading import load_causal_lm
 from tests.cli.conftest import Run
 
 RunJson = Callable[..., Any]

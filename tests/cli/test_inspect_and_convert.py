@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from lte_compile.loading import load_model
-from lte_compile.routing import routers
-from lte_compile.two_layer_router import TwoLayerRouter
+from lte_compile.checkpoints.loading import load_model
+from lte_compile.routing.router import routers
+from lte_compile.routing.two_layer import TwoLayerRouter
 from tests.cli.conftest import Run
 from tests.zoo import build
 

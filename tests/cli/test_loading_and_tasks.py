@@ -1,4 +1,4 @@
-"""lte_compile.loading and lte_compile.tasks_api: heads that fit a task, and what a task's name or file means."""
+"""checkpoints.loading and evaluation.tasks: heads that fit a task, and what a task's name or file means."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lte_compile.checkpoints.loading import has_classifier, is_transformed, load_causal_lm, load_classifier, load_model
 from lte_compile.config import Stage
-from lte_compile.loading import has_classifier, is_transformed, load_causal_lm, load_classifier, load_model
-from lte_compile.routing import routers
-from lte_compile.tasks_api import (
+from lte_compile.evaluation.tasks import (
     DEFAULT_SIZES,
     EncodedTask,
     TaskKind,
@@ -20,6 +19,7 @@ from lte_compile.tasks_api import (
     named_kind,
     open_task,
 )
+from lte_compile.routing.router import routers
 
 LABELS = ("animal", "tool")
 

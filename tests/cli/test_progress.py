@@ -1,4 +1,4 @@
-"""lte_compile.progress, on a terminal and off it."""
+"""lte_compile.training.progress, on a terminal and off it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lte_compile.progress import TrainingProgress
-from lte_compile.training import StepEvent
+from lte_compile.training.loop import StepEvent
+from lte_compile.training.progress import TrainingProgress
 
 
 def _event(step: int, steps: int = 100, phase: str = "stage 1", density: float | None = None) -> StepEvent:

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lte_compile import layer_compilation
-from lte_compile.calibration import evaluate_routers, set_density
+from lte_compile.calibration.density import evaluate_routers, set_density
+from lte_compile.checkpoints.loading import load_model
 from lte_compile.config import Stage
-from lte_compile.loading import load_model
-from lte_compile.progress import TrainingProgress
-from lte_compile.routing import routers
-from lte_compile.training import StepEvent
+from lte_compile.routing.router import routers
+from lte_compile.training import layer_compilation
+from lte_compile.training.loop import StepEvent
+from lte_compile.training.progress import TrainingProgress
 from tests.cli.conftest import BERT_RUN, LLAMA_RUN, Run
 
 RunJson = Callable[..., Any]

@@ -9,7 +9,7 @@ import pytest
 from lte_compile.data.cache import cached_directory
 from lte_compile.exporters import ort_images
 from lte_compile.exporters.ort_build import LIBRARY, build, source_digest
-from lte_compile.ort_library import ort_library_path
+from lte_compile.serving.ort_library import ort_library_path
 
 
 @pytest.fixture(scope="session")

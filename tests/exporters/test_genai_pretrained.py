@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lte_compile.data.models import resolve_model
-from lte_compile.onnx_folders import export_folder
-from lte_compile.routing import routers
+from lte_compile.routing.router import routers
+from lte_compile.serving.folders import export_folder
 from tests.exporters.test_onnx_decoders import tokens_of_genai
 from tests.exporters.test_ort_pretrained import DTYPES, NEW_TOKENS, NO_TOKEN, PROMPTS, SMOLLM2, encode, routed
 

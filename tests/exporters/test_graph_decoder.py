@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ort_decoder
 from benchmarks.ort_graph_decoder import GraphDecoder
 from lte_compile.exporters.runtime import OrtGenerator, max_abs_difference
-from lte_compile.onnx_api import export_onnx
+from lte_compile.serving.onnx_file import export_onnx
 from tests.exporters.hard import prompts, shallow
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lte_compile.config import TransformConfig
 from lte_compile.exporters.runtime import OrtGenerator, max_abs_difference, open_session, run
-from lte_compile.onnx_api import export_onnx
-from lte_compile.routing import set_stage
+from lte_compile.routing.router import set_stage
+from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 from tests.routed import Block
 

@@ -18,7 +18,7 @@ import torch
 
 from lte_compile.exporters import runtime
 from lte_compile.exporters.runtime import OrtGenerator, greedy_generate, max_abs_difference, open_session
-from lte_compile.onnx_folders import FolderReport, export_folder
+from lte_compile.serving.folders import FolderReport, export_folder
 from tests import zoo
 from tests.exporters.hard import prompts, shallow
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lte_compile.config import TransformConfig
-from lte_compile.onnx_folders import FolderReport, export_folder
-from lte_compile.routing import set_stage
+from lte_compile.routing.router import set_stage
+from lte_compile.serving.folders import FolderReport, export_folder
 from lte_compile.transform import transform
 from tests.exporters.model_config import parse_model_config
 from tests.routed import Block

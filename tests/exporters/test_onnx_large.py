@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.exporters.runtime import greedy_generate, open_session
-from lte_compile.onnx_api import export_onnx
-from lte_compile.routing import routers, set_stage
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 
 NEW_TOKENS = 8

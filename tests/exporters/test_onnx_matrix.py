@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lte_compile.exporters.report import OnnxReport
 from lte_compile.exporters.runtime import max_abs_difference, open_session, run
-from lte_compile.onnx_api import export_onnx
-from lte_compile.tracing import trace_routers
+from lte_compile.running.tracing import trace_routers
+from lte_compile.serving.onnx_file import export_onnx
 from tests.exporters.hard import prompts, shallow
 
 # Tracing these for coverage takes half of their time again; other tests run the same lines.

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lte_compile.exporters.runtime import OrtSeq2SeqGenerator, open_session
-from lte_compile.onnx_api import export_onnx
-from lte_compile.onnx_folders import FolderReport, export_folder
+from lte_compile.serving.folders import FolderReport, export_folder
+from lte_compile.serving.onnx_file import export_onnx
 from tests.exporters.hard import prompts, shallow
 
 NEW_TOKENS = 32

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import lte_compile
-from lte_compile import ort_library
 from lte_compile.cli.app import app
 from lte_compile.exporters import ort_build
 from lte_compile.exporters.ort_build import LIBRARY, SOURCES, build, find_compiler, source_digest
+from lte_compile.serving import ort_library
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 
 from lte_compile.exporters import ort_images
 from lte_compile.exporters.ort_build import SOURCES, find_compiler
-from lte_compile.ort_library import build_ort_library
+from lte_compile.serving.ort_library import build_ort_library
 
 HERE = Path(__file__).parent / "fake_cuda"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
@@ -266,8 +266,8 @@ def test_one_of_each_kernel_compiles_for_every_architecture(tmp_path: Path) -> N
 
 def test_without_triton_there_are_no_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images: list[Path | None] = []
-    monkeypatch.setattr("lte_compile.ort_library.find_spec", lambda name: None)
-    monkeypatch.setattr("lte_compile.ort_library.build", lambda target, **given: images.append(given["images"]))
+    monkeypatch.setattr("lte_compile.serving.ort_library.find_spec", lambda name: None)
+    monkeypatch.setattr("lte_compile.serving.ort_library.build", lambda target, **given: images.append(given["images"]))
     with pytest.raises(ValueError, match="CUDA kernels are compiled by Triton, which is not installed"):
         build_ort_library(tmp_path, cuda=True)
     build_ort_library(tmp_path)

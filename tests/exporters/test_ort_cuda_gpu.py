@@ -19,9 +19,9 @@ import torch
 
 from lte_compile.exporters.function import ACTIVATION_BODIES
 from lte_compile.exporters.runtime import OrtGenerator, greedy_generate, max_abs_difference, run
-from lte_compile.onnx_api import export_onnx
-from lte_compile.ort_library import build_ort_library, ort_library_path
-from lte_compile.routing import Router
+from lte_compile.routing.router import Router
+from lte_compile.serving.onnx_file import export_onnx
+from lte_compile.serving.ort_library import build_ort_library, ort_library_path
 from tests import zoo
 from tests.exporters.hard import prompts, shallow
 from tests.exporters.single_node import NODE, Array, Case, make_model, reference

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from lte_compile.exporters.runtime import OrtGenerator, run
-from lte_compile.onnx_api import export_onnx
-from lte_compile.routing import Router
+from lte_compile.routing.router import Router
+from lte_compile.serving.onnx_file import export_onnx
 from tests.exporters.hard import prompts, shallow
 
 # Tracing these for coverage takes half of their time again; other tests run the same lines.

@@ -20,16 +20,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lte_compile.calibration import down_norms, watch_ffns
+from lte_compile.calibration.watching import down_norms, watch_ffns
+from lte_compile.checkpoints.loading import load_model, load_tokenizer
 from lte_compile.config import Grouping, Stage, TransformConfig
 from lte_compile.data.models import resolve_model
 from lte_compile.exporters.runtime import OrtGenerator, greedy_generate, run
-from lte_compile.loading import load_model, load_tokenizer
-from lte_compile.modes import in_stage
-from lte_compile.naming import current_sites
-from lte_compile.onnx_api import export_onnx
-from lte_compile.routing import Router, routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.rewriting.naming import current_sites
+from lte_compile.routing.router import Router, routers, set_stage
+from lte_compile.running.modes import in_stage
+from lte_compile.running.tracing import trace_routers
+from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -14,7 +14,7 @@ import pytest
 
 from lte_compile.exporters import runtime
 from lte_compile.exporters.runtime import greedy_generate
-from lte_compile.onnx_api import export_onnx
+from lte_compile.serving.onnx_file import export_onnx
 from tests.exporters.hard import prompts, shallow
 from tests.exporters.single_node import Array, Case, make_model, reference
 from tests.exporters.test_ort_library import TOLERANCE

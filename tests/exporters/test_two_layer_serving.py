@@ -16,12 +16,12 @@ import lte_compile as lte
 from lte_compile.backend import lte_backend
 from lte_compile.config import RouterKind, TransformConfig
 from lte_compile.exporters.runtime import open_session, run
-from lte_compile.layouts import set_layout
-from lte_compile.onnx_api import export_onnx
 from lte_compile.passes.exported import rewrite_exported
 from lte_compile.passes.fuse import FuseExperts
 from lte_compile.passes.lower import LowerSparse
-from lte_compile.routing import routers, set_stage
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 from tests import zoo
 from tests.passes.test_exported import MODEL_TOLERANCE, count, distance, export, main_output

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lte_compile.recomputation import _pending
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.recomputation import _pending
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from tests.routed import routed, routed_stack, tokens
 
 REENTRANT: dict[str, bool | None] = {"off": None, "reentrant": True, "non_reentrant": False}

@@ -13,11 +13,11 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lte_compile.calibration import calibrate, set_density
+from lte_compile.calibration.density import calibrate, set_density
 from lte_compile.config import TransformConfig
-from lte_compile.layouts import set_layout
-from lte_compile.routing import set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed, stack, tokens

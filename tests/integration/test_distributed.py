@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lte_compile.layouts import set_layout
-from lte_compile.routing import set_stage
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import set_stage
 from tests.integration import training_workers, workers
 from tests.routed import routed
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_compile.config import TransformConfig
-from lte_compile.routing import routers, set_stage
+from lte_compile.routing.router import routers, set_stage
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed, stack

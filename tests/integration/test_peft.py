@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lte_compile.checkpoints.persistence import load_pretrained, save_pretrained
 from lte_compile.config import TransformConfig
-from lte_compile.persistence import load_pretrained, save_pretrained
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import EXPERT_SIZE, routed

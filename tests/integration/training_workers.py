@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lte_compile.config import RouterKind, TransformConfig
 from lte_compile.data.batches import Example, TextBatches
-from lte_compile.layouts import set_layout
-from lte_compile.routing import routers, set_stage
-from lte_compile.train_config import Gates, TrainConfig
-from lte_compile.training import StepEvent, train
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.training.config import Gates, TrainConfig
+from lte_compile.training.loop import StepEvent, train
 from lte_compile.transform import transform
 from tests.test_training import SIZE, Clusters
 

@@ -22,8 +22,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from lte_compile.routing import routers, set_stage
-from lte_compile.tracing import trace_routers
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.tracing import trace_routers
 from tests.integration.training_workers import in_processes
 
 WORLD = 2
@@ -179,8 +179,8 @@ def lte_trainer(rank: int, folder: Path, model: nn.Module) -> dict[str, Any]:
     """LteTrainer in DistributedDataParallel, with checkpointing, through the change of stage."""
     from transformers import TrainingArguments
 
-    from lte_compile.hf_trainer import LteTrainer
-    from lte_compile.train_config import TrainConfig
+    from lte_compile.huggingface.trainer import LteTrainer
+    from lte_compile.training.config import TrainConfig
 
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),

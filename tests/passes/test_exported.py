@@ -18,7 +18,7 @@ from lte_compile.passes.exported import captured_program, rewrite_exported
 from lte_compile.passes.fuse import FuseExperts
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.rendering import render
-from lte_compile.routing import set_stage
+from lte_compile.routing.router import set_stage
 from lte_compile.transform import transform
 from tests.routed import routed, stack, tokens
 from tests.zoo import EXPECTED

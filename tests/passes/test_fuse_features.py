@@ -14,7 +14,7 @@ from lte_compile.passes.ir import CapturedGraph
 from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.pipeline import run_pipeline
 from lte_compile.passes.rendering import render
-from lte_compile.routing import set_stage
+from lte_compile.routing.router import set_stage
 from lte_compile.transform import transform
 from tests.passes.parsing import parse
 from tests.routed import stack, tokens

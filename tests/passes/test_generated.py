@@ -14,12 +14,12 @@ import torch.fx as fx
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from lte_compile.capture import Call, capture, capture_by_export
+from lte_compile.capture.capture import Call, capture, capture_by_export
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.passes.ir import FfnSite
 from lte_compile.passes.match import find_ffns
-from lte_compile.permutation import permute_neurons
-from lte_compile.routing import routers
+from lte_compile.rewriting.permutation import permute_neurons
+from lte_compile.routing.router import routers
 from lte_compile.transform import transform
 from tests.passes.generated import Block, Program, Sizes, program
 from tests.passes.generated_decoys import decoy

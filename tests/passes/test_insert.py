@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from lte_compile.capture import capture, capture_graph_module
+from lte_compile.capture.capture import capture, capture_graph_module
 from lte_compile.config import TransformConfig
 from lte_compile.passes.anchors import lte_nodes
 from lte_compile.passes.exported import rewrite_exported
@@ -20,7 +20,7 @@ from lte_compile.passes.lower import LowerSparse
 from lte_compile.passes.match import find_ffns
 from lte_compile.passes.pipeline import run_pipeline
 from lte_compile.passes.rendering import render
-from lte_compile.routing import Router, set_stage
+from lte_compile.routing.router import Router, set_stage
 from tests.passes.parsing import parse
 from tests.routed import stack, tokens
 from tests.zoo import build

@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from lte_compile.capture import Call, capture, capture_by_dynamo, capture_by_export
+from lte_compile.capture.capture import Call, capture, capture_by_dynamo, capture_by_export
 from lte_compile.passes.ir import CapturedGraph
 from lte_compile.passes.match import FfnSearch, find_ffns
 from lte_compile.transform import transform

@@ -10,7 +10,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture, capture_by_dynamo, capture_by_export
+from lte_compile.capture.capture import Call, capture, capture_by_dynamo, capture_by_export
 from lte_compile.passes.ir import CapturedGraph, FfnSite, Fusion, WeightLayout
 from lte_compile.passes.match import FfnSearch, find_ffns
 

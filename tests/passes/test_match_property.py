@@ -11,7 +11,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture_by_export
+from lte_compile.capture.capture import Call, capture_by_export
 from lte_compile.passes.match import find_ffns
 
 D, H, T = 8, 24, 3

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture, capture_by_dynamo, capture_by_export
-from lte_compile.inspection import inspect, require_sites
+from lte_compile.capture.capture import Call, capture, capture_by_dynamo, capture_by_export
+from lte_compile.inspection.sites import inspect, require_sites
 from lte_compile.passes.ir import CapturedGraph, FfnSite, SiteKind, WeightLayout
 from lte_compile.passes.match import find_ffns
-from lte_compile.routing import routers
+from lte_compile.routing.router import routers
 from lte_compile.transform import transform
 
 EXPERTS, WIDTH, HIDDEN, TOKENS = 4, 16, 24, 6

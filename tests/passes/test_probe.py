@@ -10,7 +10,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from lte_compile.capture import capture
+from lte_compile.capture.capture import capture
 from lte_compile.kernels.activations import ACTIVATIONS
 from lte_compile.passes.dataflow import GraphView
 from lte_compile.passes.ir import Fusion

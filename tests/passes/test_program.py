@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lte_compile
-from lte_compile.capture import capture, capture_all
+from lte_compile.capture.capture import capture, capture_all
 from lte_compile.config import TransformConfig
 from lte_compile.kernels.program import is_program, parse_program, run_program
 from lte_compile.passes.anchors import arguments, lte_nodes

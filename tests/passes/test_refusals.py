@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_compile.capture import Call, capture_by_dynamo, capture_by_export
-from lte_compile.inspection import Inspection, inspect
+from lte_compile.capture.capture import Call, capture_by_dynamo, capture_by_export
+from lte_compile.inspection.sites import Inspection, inspect
 from lte_compile.passes.match import find_ffns
 from lte_compile.transform import transform
 from tests.passes.generated_decoys import SPOILERS, STRUCTURES

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from lte_compile.capture import capture
+from lte_compile.capture.capture import capture
 from lte_compile.passes.dataflow import GraphView
 from lte_compile.passes.region import between, escape, reachable, second_entry
 

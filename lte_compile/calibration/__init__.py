@@ -1,0 +1,1 @@
+"""Routers and thresholds fitted to data, without training the model."""

@@ -1,0 +1,1 @@
+"""Models as traced graphs whose parameters keep their names."""

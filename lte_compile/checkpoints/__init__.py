@@ -1,0 +1,1 @@
+"""Models as files: saved, loaded, or converted without ever being in memory."""

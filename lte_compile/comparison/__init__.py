@@ -1,0 +1,1 @@
+"""Methods side by side: their points run and kept, the table, the trade-off plot."""

@@ -1,0 +1,1 @@
+"""Inside transformers: plain from_pretrained and save_pretrained, and the Trainer."""

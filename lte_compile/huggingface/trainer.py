@@ -1,0 +1,131 @@
+"""LTE inside transformers' Trainer: the losses, a parameter group for routers, and the move from stage 1 to stage 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lte_compile.calibration.density import calibrate, evaluate_routers, set_density
+from lte_compile.calibration.effects import fit_to
+from lte_compile.config import Stage
+from lte_compile.rewriting.layouts import set_layout
+from lte_compile.routing.router import require_routers, routers, set_stage
+from lte_compile.running.tracing import trace_routers
+from lte_compile.training.config import Gates, TrainConfig
+from lte_compile.training.loop import controller_of
+
+
+class LteTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer for transformed models.
+
+        trainer = LteTrainer(model=model, args=args, train_dataset=..., lte=TrainConfig(...), held_out=[batch, ...])
+
+    Steps and rates come from `args`; of `lte` it reads target_density, gates, separability, router_learning_rate,
+    router_weight_decay, fit_router, eta and measure_every. Stage 2 begins after the share
+    stage1_steps / (stage1_steps + stage2_steps) of the run.
+
+    Args:
+        lte: see `TrainConfig`.
+        held_out: batches (keyword arguments for the model) on which the density is measured; fitted routers too.
+    """
+
+    def __init__(self, *args: Any, lte: TrainConfig, held_out: list[dict[str, Tensor]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not held_out:
+            raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
+        if lte.budget_range is not None:
+            raise ValueError("LteTrainer trains for one budget; lte_compile.train takes a budget_range")
+        require_routers(self.model)
+        self.lte = lte
+        self.controller = controller_of(lte)
+        self.held_out = held_out
+        self.add_callback(_Stages(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also lets DistributedDataParallel do without gradients of the routers, which have none in stage 2."""
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train. FSDP gets contiguous weights, and routers are fitted before it shards them."""
+        if self.is_fsdp_enabled:
+            set_layout(self.model, "contiguous")
+            if not resume_from_checkpoint:
+                self.fit_routers()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def fit_routers(self) -> None:
+        """Fit the routers to the held-out batches, if the configuration says so; labels are not looked at."""
+        if self.lte.fit_router:
+            unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
+            fit_to(self.lte.fit_target, self.model, unlabelled, self.lte.target_density)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loss, plus eta * L_eff + lambda * L_sep in stage 1."""
+        if not model.training or next(routers(model)).stage is not Stage.SOFT:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with trace_routers(model) as trace:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        ramp = self.state.global_step / max(self.state.max_steps, 1)
+        extra = self.controller.eta * trace.efficiency_loss()
+        extra = extra + self.lte.separability * ramp * trace.separability_loss()
+        extra = extra / self._own_division(kwargs.get("num_items_in_batch"))
+        return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
+
+    def _own_division(self, num_items: object) -> int:
+        """The Trainer divides a step's losses by its micro-batches, unless the model did so by counting items."""
+        counted = self.model_accepts_loss_kwargs and num_items is not None
+        return int(self.current_gradient_accumulation_steps) if counted else 1
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the routers moved to a group of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        router_ids = {id(p) for router in routers(self.model) for p in router.parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in router_ids]
+        optimizer.add_param_group(
+            {
+                "params": [p for router in routers(self.model) for p in router.parameters()],
+                "lr": self.lte.router_learning_rate,
+                "weight_decay": self.lte.router_weight_decay,
+            }
+        )
+        return optimizer
+
+
+class _Stages(TrainerCallback):  # type: ignore[misc]
+    """Enters stage 1 at the beginning and stage 2 on time; measures the held-out density in between."""
+
+    def __init__(self, trainer: LteTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        lte, model = self.trainer.lte, self.trainer.model
+        if state.global_step == 0 and not self.trainer.is_fsdp_enabled:
+            self.trainer.fit_routers()
+        rule = "straight_through" if lte.gates is Gates.STRAIGHT_THROUGH else None
+        set_stage(model, Stage.SOFT, selection=rule)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        lte, model = self.trainer.lte, self.trainer.model
+        in_stage1 = next(routers(model)).stage is Stage.SOFT
+        if in_stage1 and state.global_step % lte.measure_every == 0:
+            self.trainer.controller.measure(evaluate_routers(model, self.trainer.held_out).density())
+        share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
+        if in_stage1 and state.global_step >= share * state.max_steps:
+            if lte.is_steered:
+                calibrate(model, self.trainer.held_out)
+                set_density(model, lte.target_density)
+            set_stage(model, Stage.HARD)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_stage(self.trainer.model, Stage.HARD)
+        calibrate(self.trainer.model, self.trainer.held_out)

@@ -1,0 +1,1 @@
+"""Routers: what they are, the kinds there are, and the weights they start from."""

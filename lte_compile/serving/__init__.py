@@ -1,0 +1,1 @@
+"""Models for ONNX Runtime: single files, folders for servers, and the library of kernels."""

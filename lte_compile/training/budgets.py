@@ -1,0 +1,99 @@
+"""Training one model for many budgets: every row of a batch runs at a density of its own, drawn from a range.
+
+A row's density is set by lowering the logits of all routers by one number. Which number gives which density is measured
+on held-out batches for a few densities of the range, and interpolated in between.
+
+Shapes: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lte_compile.routing.router import routers
+from lte_compile.training.config import BudgetDraw, TrainConfig
+
+# Densities of the range whose shifts are measured: at the ends and evenly between them.
+NUM_NODES = 5
+
+
+@dataclass
+class Budgets:
+    """Draws densities in [low, high], and knows the shift of the logits for each."""
+
+    low: float
+    high: float
+    target: float
+    draw: BudgetDraw = BudgetDraw.UNIFORM
+    shifts: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """The densities that `shifts` belong to."""
+        return tuple(self.low + (self.high - self.low) * k / (NUM_NODES - 1) for k in range(NUM_NODES))
+
+    def densities(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> tuple[float, ...]:
+        """One density a row, spread evenly over the distribution; the same for the same seed and name of the step.
+
+        Args:
+            lowest: where the range begins for now, if not at `low`.
+        """
+        generator = random.Random(f"budgets/{seed}/{step}")
+        levels = [(row + generator.random()) / rows for row in range(rows)]
+        generator.shuffle(levels)
+        drawn = self if lowest is None else replace(self, low=min(max(lowest, self.low), self.high))
+        return tuple(drawn._at_level(level) for level in levels)
+
+    def shifts_of(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> Tensor:
+        """What each row's logits are lowered by, [B] float32."""
+        drawn = self.densities(rows, seed=seed, step=step, lowest=lowest)
+        return torch.tensor([self.shift_for(density) for density in drawn])
+
+    def shift_for(self, density: float) -> float:
+        """Linear between the nodes."""
+        nodes = self.nodes
+        right = min(max(bisect_left(nodes, density), 1), NUM_NODES - 1)
+        share = (density - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+        return self.shifts[right - 1] + share * (self.shifts[right] - self.shifts[right - 1])
+
+    def _at_level(self, level: float) -> float:
+        """The density below which this share of the draws lies."""
+        if self.draw is BudgetDraw.LOG_UNIFORM:
+            return float(self.low * (self.high / self.low) ** level)
+        if self.draw is BudgetDraw.HALF_AT_TARGET:
+            level = 2 * level
+            return (
+                self.low + (self.high - self.low) * level if level < 1 else min(max(self.target, self.low), self.high)
+            )
+        if self.draw is BudgetDraw.ENDS:
+            level = min(max(2 * level - 0.5, 0.0), 1.0)
+        return self.low + (self.high - self.low) * level
+
+
+def budgets_of(config: TrainConfig) -> Budgets | None:
+    """The range of densities to train at, if there is one."""
+    if config.budget_range is None:
+        return None
+    return Budgets(*config.budget_range, target=config.target_density, draw=config.budget_draw)
+
+
+def lower_logits(model: nn.Module, shift_B: Tensor | None) -> None:
+    """Have all routers lower the logits of row b by shift_B[b] (one number: of all rows) from now on; None ends it."""
+    for router in routers(model):
+        router.shift_B = shift_B
+
+
+@contextmanager
+def lowering_ends(model: nn.Module) -> Iterator[None]:
+    """With the block, however it ends."""
+    try:
+        yield
+    finally:
+        lower_logits(model, None)

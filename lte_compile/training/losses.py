@@ -1,0 +1,220 @@
+"""The loss of one micro-batch: task, distillation, efficiency and separability.
+
+Shapes: B sequences, T tokens, C classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lte_compile.running.modes import on_device
+from lte_compile.running.tracing import trace_routers, unwrapped
+from lte_compile.training.layer_distances import layer_distance, layer_outputs
+from lte_compile.training.token_losses import NextTokens, deferred_loss, token_losses
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """eta and lambda of the paper, the distillation's share of the task loss, and the weight of the layers' distances.
+
+    All 0 is plain training. `temperature` softens teacher and model before they are compared (Hinton et al. 2015, arXiv
+    1503.02531). `watched` keeps weights of 0 in the computation, which then is the same for all weights.
+    """
+
+    efficiency: float | Tensor = 0.0
+    separability: float | Tensor = 0.0
+    distillation: float = 0.0
+    layers: float = 0.0
+    temperature: float = 1.0
+    watched: bool = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distillation != 0.0 or self.layers != 0.0
+
+    @property
+    def needs_routers(self) -> bool:
+        return self.watched or _is_on(self.efficiency) or _is_on(self.separability)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A slice of a batch, and its share of the batch's labels, tokens and rows: weights that add up to 1.
+
+    `is_full`: its attention mask, if it has one, masks nothing. `shift_B`: see lte_compile.budgets.
+    """
+
+    inputs: dict[str, Tensor]
+    label_share: float
+    token_share: float
+    row_share: float
+    is_full: bool = False
+    shift_B: Tensor | None = None
+
+    @property
+    def is_unpadded(self) -> bool:
+        """Whether what is computed does not depend on where padding is."""
+        return self.is_full or "attention_mask" not in self.inputs
+
+    def moved_to(self, model: nn.Module) -> MicroBatch:
+        """The same on the model's device."""
+        tensors = dict(self.inputs) if self.shift_B is None else {**self.inputs, "shift_B": self.shift_B}
+        moved = on_device(model, tensors)
+        return replace(self, shift_B=moved.pop("shift_B", None), inputs=moved)
+
+
+def micro_batches(
+    batch: Batch, count: int, *, rank: int = 0, processes: int = 1, shift_B: Tensor | None = None
+) -> Iterator[MicroBatch]:
+    """Cut a batch along its first axis; the weighted losses of all processes' slices sum to the batch's.
+
+    Yields the slices of process `rank`. All processes get as many slices; one that has no rows left for a slice gets
+    a row of the batch that weighs nothing.
+    """
+    shares = torch.arange(_num_rows(batch)).tensor_split(processes)
+    labels, tokens, rows = max(_num_labels(batch), 1), max(_num_tokens(batch), 1), _num_rows(batch)
+    for piece in shares[rank].tensor_split(min(count, len(shares[0]))):
+        if not len(piece):
+            idle = {name: value[:1] for name, value in batch.items()}
+            first = None if shift_B is None else shift_B[:1]
+            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0, shift_B=first)
+            continue
+        inputs = {name: value[piece] for name, value in batch.items()}
+        mask = inputs.get("attention_mask")
+        tokens_here = _num_tokens(inputs)
+        yield MicroBatch(
+            inputs=inputs,
+            label_share=_num_labels(inputs) / labels,
+            token_share=tokens_here / tokens,
+            row_share=len(piece) / rows,
+            is_full=mask is not None and tokens_here == mask.numel(),
+            shift_B=None if shift_B is None else shift_B[piece],
+        )
+
+
+def _num_rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def _num_labels(batch: Batch) -> int:
+    """How many labels a transformers model averages its loss over."""
+    labels = batch.get("labels")
+    if labels is None:
+        return _num_rows(batch)
+    shifted = labels[:, 1:] if labels.dim() == 2 and "decoder_input_ids" not in batch else labels
+    return int((shifted != -100).sum())
+
+
+def _num_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else _num_rows(batch)
+
+
+def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teacher: nn.Module | None) -> Tensor:
+    """Loss of one micro-batch, weighted so that the parts of a batch sum to the batch's loss."""
+    taught = _teach(teacher, part, weights) if weights.needs_teacher and teacher is not None else None
+    with (
+        layer_outputs(model, enabled=taught is not None and weights.layers != 0.0) as layers,
+        trace_routers(model) if weights.needs_routers else nullcontext() as trace,
+        deferred_loss(model) as deferred,
+    ):
+        out = model(**_arguments(model, part))
+    target = None if taught is None else taught.logits
+    if deferred.logits_BTC is None:
+        task = _task_loss(out, part)
+        distance = None if target is None else _distillation(out.logits, target, part, weights.temperature)
+    else:
+        task, distance = _next_token_losses(deferred, target, part, weights.temperature)
+    loss = task
+    if distance is not None:
+        loss = (1 - weights.distillation) * task + weights.distillation * distance
+    if taught is not None and layers:
+        counted_BT = None if part.is_full else part.inputs.get("attention_mask")
+        loss = loss + weights.layers * part.token_share * layer_distance(layers, taught.layers, counted_BT)
+    if trace is None:
+        return loss
+    auxiliary = weights.efficiency * trace.efficiency_loss()
+    if _is_on(weights.separability):
+        auxiliary = auxiliary + weights.separability * trace.separability_loss()
+    return loss + auxiliary * part.token_share
+
+
+def _arguments(model: nn.Module, part: MicroBatch) -> dict[str, Any]:
+    """What a transformers model is called with: no mask that masks nothing, which forbids the fastest attention and
+    has to be looked at on its device, and no cache of keys and values."""
+    known = inspect.signature(unwrapped(model).forward).parameters if hasattr(model, "config") else {}
+    given: dict[str, Any] = dict(part.inputs)
+    if part.is_full and "attention_mask" in known and known["attention_mask"].default is None:
+        del given["attention_mask"]
+    if "use_cache" in known:
+        given["use_cache"] = False
+    return given
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """A teacher's logits, and its layers' outputs if they are wanted."""
+
+    logits: Tensor
+    layers: list[Tensor]
+
+
+def _teach(teacher: nn.Module, part: MicroBatch, weights: LossWeights) -> _Taught:
+    inputs = _arguments(teacher, part)
+    with torch.no_grad(), layer_outputs(teacher, enabled=weights.layers != 0.0) as layers:
+        logits = teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return _Taught(logits, layers)
+
+
+def _next_token_losses(
+    found: NextTokens, taught: Tensor | None, part: MicroBatch, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """The slice's share of the task loss, and of the distance to the teacher."""
+    assert found.logits_BTC is not None
+    assert found.labels_BT is not None
+    mask = part.inputs.get("attention_mask")
+    counted = None if part.is_full else mask
+    if taught is None or temperature == 1.0:
+        entropy, distance = token_losses(found.logits_BTC, found.labels_BT, taught, counted)
+    else:
+        entropy, _ = token_losses(found.logits_BTC, found.labels_BT, None, counted)
+        softened = found.logits_BTC / temperature, found.labels_BT, taught / temperature, counted
+        distance = token_losses(*softened)[1] * temperature**2
+    share = part.row_share if mask is None else part.token_share
+    return entropy * part.label_share, None if taught is None else distance * share
+
+
+def _is_on(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) or weight != 0.0  # to look into a tensor is to wait for its device
+
+
+def _task_loss(out: Any, part: MicroBatch) -> Tensor:
+    """The slice's share of the model's own loss. Without a label that would be 0 / 0; here it is 0, with a gradient."""
+    loss: Tensor = out.loss * part.label_share if part.label_share else 0.0 * out.logits.flatten()[0]
+    return loss
+
+
+def _distillation(logits: Tensor, target: Tensor, part: MicroBatch, temperature: float) -> Tensor:
+    """The slice's share of KL(teacher || model) in nats, a mean over sequences, or over tokens for [B, T, C] logits.
+
+    Of softened distributions times the temperature squared, so that gradients keep their size.
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    learned, taught = ((z.to(precise) / temperature).log_softmax(-1) for z in (logits, target))
+    kl = F.kl_div(learned, taught, log_target=True, reduction="none")
+    per_position = kl.sum(-1) * temperature**2
+    mask = part.inputs.get("attention_mask")
+    if mask is None or mask.shape != per_position.shape:
+        return per_position.mean() * part.row_share
+    counted = per_position if part.is_full else per_position[mask.bool()]
+    return counted.mean() * part.token_share
