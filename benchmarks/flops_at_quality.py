@@ -69,6 +69,8 @@ def main() -> int:
     parser.add_argument("--loss", type=float, default=0.05, help="of quality, relative to dense")
     parser.add_argument("--other-weights", type=int, default=54_853_632, help="beside FFNs (SmolLM2-135M)")
     options = parser.parse_args()
+    if not options.comparison.is_file():
+        parser.error(f"{options.comparison}: no such file; lte-compile compare writes OUT/comparison.json")
     document = json.loads(options.comparison.read_text(encoding="utf-8"))
     sys.stdout.write(table(document, options.loss, options.other_weights))
     return 0

@@ -68,7 +68,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="how many tokens of the text to use")
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if missing := [str(path) for path in (arguments.gguf, arguments.text) if path and not path.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
+    return arguments
 
 
 def _environment() -> dict[str, str | int | None]:

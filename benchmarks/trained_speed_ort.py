@@ -120,6 +120,8 @@ def main() -> int:
     parser.add_argument("--exports", type=Path, help="keep the ONNX files here, and take those that are there")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
+    if missing := [str(directory) for directory in options.checkpoints if not directory.is_dir()]:
+        parser.error(f"no such directory: {', '.join(missing)}; give models that lte-compile train saved")
     rows = [
         measure(directory, options.task, options.tokens, options.threads, options.exports)
         for directory in options.checkpoints

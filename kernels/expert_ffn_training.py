@@ -18,7 +18,7 @@ from lte_compile.kernels.experts import check_experts, check_offsets
 from lte_compile.kernels.ffn import FfnWeights, check_ffn, project_down
 from lte_compile.kernels.ffn_products import choose_products
 from lte_compile.kernels.gated_hidden import GatedRegion, gated_hidden
-from lte_compile.kernels.layout import is_neuron_major, own
+from lte_compile.kernels.layout import as_rows, is_neuron_major, own
 from lte_compile.kernels.selection import check_density
 
 _DOWN: Final = 4  # the down-projection among x, gates and the six weights
@@ -51,16 +51,12 @@ def projected(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y [..., D], up [T, F], gate [T, F]) of checked arguments."""
     _check_values(x, gates, weights, region, density)
-    x_TD, gates_TE = _flat(x), _flat(gates)
+    x_TD, gates_TE = as_rows(x), as_rows(gates)
     products = choose_products(x_TD, gates_TE, weights, region, density)
     up_TF, gate_TF = products.into_hidden(x_TD, weights)
     gated_TF = gated_hidden(up_TF, gate_TF, gates_TE, region, skip=products.skips)
     y_TD = project_down(gated_TF, weights)
     return own(y_TD.view(*x.shape[:-1], y_TD.shape[-1])), up_TF, gate_TF
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 @torch.library.custom_op("lte::expert_ffn_projections", mutates_args=())
@@ -138,7 +134,7 @@ def expert_ffn_backward(
     """
     weights = FfnWeights(w_up, w_gate, w_down, b_up, b_gate, b_down)
     region = GatedRegion(activation, constants, expert_size, expert_offsets)
-    grad_TD, x_TD, gates_TE = _flat(grad), _flat(x), _flat(gates)
+    grad_TD, x_TD, gates_TE = as_rows(grad), as_rows(x), as_rows(gates)
     products = choose_products(x_TD, gates_TE, weights, region, density)
     projections = (up, gate) if up is not None else products.into_hidden(x_TD, weights)
     found = expert_ffn_gradients(grad_TD, x_TD, gates_TE, weights, region, products, projections, wanted)

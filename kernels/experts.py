@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte_compile.kernels.layout import as_rows
+
 
 def count_experts(num_neurons: int, expert_size: int) -> int:
     """E = ceil(F / S)."""
@@ -70,6 +72,6 @@ def sum_per_expert(values_F: Tensor, num_experts: int, expert_size: int, offsets
         missing = num_experts * expert_size - wide_F.shape[-1]
         padded_F = F.pad(wide_F, (0, missing)) if missing else wide_F
         return padded_F.reshape(*padded_F.shape[:-1], num_experts, expert_size).sum(-1)
-    rows_FT = wide_F.reshape(-1, wide_F.shape[-1]).t().contiguous()
+    rows_FT = as_rows(wide_F).t().contiguous()
     sums_ET = torch.segment_reduce(rows_FT, "sum", offsets=offsets_E1, axis=0, unsafe=True, initial=0)
     return sums_ET.t().reshape(*wide_F.shape[:-1], num_experts).contiguous()

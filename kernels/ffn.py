@@ -45,7 +45,7 @@ def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequ
         raise ValueError(
             f"w_up must be [neurons, width] for x [..., width]; got {list(up.shape)} and {list(x_D.shape)}"
         )
-    neurons, out_width = up.shape[0], down.shape[0]
+    neurons, out_width = up.shape[0], down.shape[0] if down.ndim else "width"
     _check_shape("w_gate", gate, (neurons, up.shape[1]))
     _check_shape("w_down", down, (out_width, neurons))
     _check_shape("b_up", up_bias, (neurons,))
@@ -54,13 +54,16 @@ def check_ffn(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequ
     if gate is None and gate_bias is not None:
         raise ValueError("b_gate was given without w_gate")
     dtypes = {t.dtype for t in weights if t is not None}
-    if len(dtypes) > 1 or not (up.is_floating_point() and x_D.is_floating_point()):
+    if len(dtypes) > 1 or not up.is_floating_point():
         raise ValueError(f"the FFN's weights and biases need one floating dtype; got {sorted(map(str, dtypes))}")
+    if not x_D.is_floating_point():
+        raise ValueError(f"x must be floating point; got {x_D.dtype}")
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int | str, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape [{wanted}]; got {list(tensor.shape)}")
 
 
 def hidden_value(x_D: Tensor, weights: FfnWeights, activation: str, constants: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lte_compile.kernels.prefill_kernels import routed_up
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
-from lte_compile.kernels.triton_launch import hidden_constants
+from lte_compile.kernels.triton_launch import hidden_constants, tokens_of
 
 # tl.dot's smallest side: so many experts' logits are computed for a tile whether it has them or not.
 ROUTED = 16
@@ -58,7 +58,7 @@ def sparse_ffn_fused_up(call: SparseFfnCall, config: FusedTile | None = None) ->
     """At least one token; x, router and projections of one dtype; only the last expert may be smaller. The
     down-projection may have either layout."""
     weights = call.weights
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).contiguous()
+    x_TD = tokens_of(call.x_D)
     tile = config or fused_tile(len(x_TD), call.expert_size, weights.gate_FD is not None, x_TD.dtype)
     hidden_TF = torch.empty(len(x_TD), len(weights.up_FD), dtype=x_TD.dtype, device=x_TD.device)
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]

@@ -1,9 +1,11 @@
-"""Memory layout of tensors: neuron-major down-projections, and results that are nobody's view.
+"""Memory layout of tensors: neuron-major down-projections, tokens as rows, and results that are nobody's view.
 
 Shape suffixes: D model width, F neurons.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +21,11 @@ def is_neuron_major(weight_DF: Tensor) -> bool:
     """Whether each neuron's D weights of a down-projection [D, F] are contiguous, neuron after neuron."""
     _check_matrix(weight_DF)
     return weight_DF.t().is_contiguous()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[tokens, columns] of [..., columns], a view where it can be. `reshape(-1, 0)` would not know how many tokens."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def own(result: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lte_compile.kernels.ffn import FfnWeights
 from lte_compile.kernels.grouped_tile import grouped_tile
 from lte_compile.kernels.layout import is_neuron_major
 from lte_compile.kernels.skipping_cost import LARGE_UP_BYTES, Layer, dense_cost, expected_union, grouped_cost
@@ -139,7 +140,7 @@ def _refuse_batch(request: Request) -> str | None:
     if not 2 <= tokens <= MAX_BATCH_TOKENS:
         return f"serves 2 to {MAX_BATCH_TOKENS} tokens; got {tokens}"
     if request.interleaved:
-        return "up and gate must be contiguous; they are every other row of one projection"
+        return "up, gate and their biases must be contiguous, not every other row of one projection"
     if reason := _refuse_triton(request):
         return reason
     few = tokens <= ALWAYS_BATCHED_TOKENS
@@ -219,6 +220,7 @@ def _refuse_everywhere(request: Request) -> str | None:
         (request.device != "cuda", f"needs a CUDA device; x is on {request.device}"),
         (not _has_triton(), "triton is not installed"),
         (request.tokens == 0, "there are no tokens"),
+        (request.neurons == 0, "there are no neurons"),
         (request.dtype not in TRITON_DTYPES, f"serves float32, float16 and bfloat16; got {request.dtype}"),
         (request.unequal_experts, "serves experts of one size; expert_offsets were given"),
         (not request.contiguous, "router, projections, biases and constants must be contiguous"),
@@ -316,7 +318,7 @@ def describe(call: SparseFfnCall) -> Request:
         unequal_experts=call.offsets_E1 is not None,
         down_is_neuron_major=is_neuron_major(weights.down_DF),
         contiguous=_is_contiguous(call),
-        interleaved=not weights.up_FD.is_contiguous(),
+        interleaved=_is_interleaved(weights),
         mixed=not (x_D.dtype == call.router_ED.dtype == weights.up_FD.dtype),
         constants_elsewhere=any(constant.device != x_D.device for constant in call.constants),
         density=call.density,
@@ -331,6 +333,12 @@ def _is_contiguous(call: SparseFfnCall) -> bool:
     rows = up.stride(1) == 1 and (gate is None or gate.stride() == up.stride())
     steps = {bias.stride() for bias in (up_bias, gate_bias) if bias is not None}
     return rows and len(steps) <= 1 and all(t.is_contiguous() for t in whole if t is not None)
+
+
+def _is_interleaved(weights: FfnWeights) -> bool:
+    """Whether rows or biases of up, which lie as gate's do, are apart from one another."""
+    up, _, _, up_bias, gate_bias, _ = weights
+    return not all(t.is_contiguous() for t in (up, up_bias, gate_bias) if t is not None)
 
 
 def lower_sparse_ffn(call: SparseFfnCall) -> Tensor:

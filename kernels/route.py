@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lte_compile.kernels.autocast import register_autocast
+from lte_compile.kernels.layout import as_rows
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -42,7 +43,7 @@ def _logits(x_D: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """
     if not _in_half(x_D, weight_ED):
         return _wide_logits(x_D, weight_ED, bias_E)
-    x_TD = x_D.reshape(-1, x_D.shape[-1])
+    x_TD = as_rows(x_D)
     logits_TE = torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
     if bias_E is not None:
         logits_TE += bias_E
@@ -86,7 +87,7 @@ def route_backward(
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias), those that `wanted` marks, in that order and in their dtypes."""
     want_x, want_weight, want_bias = wanted
-    logits_TE = torch.ops.aten.sigmoid_backward(grad, scores).reshape(-1, weight.shape[0])  # one pass
+    logits_TE = as_rows(torch.ops.aten.sigmoid_backward(grad, scores))  # one pass
     products = _half_products if _in_half(x, weight) else _wide_products
     grads = products(logits_TE, x, weight, want_x, want_weight)
     if want_bias and bias is not None:
@@ -100,7 +101,7 @@ def _wide_products(logits_TE: Tensor, x: Tensor, weight: Tensor, want_x: bool, w
     if want_x:
         grads.append((logits_TE @ weight.to(logits_TE.dtype)).to(x.dtype).view(x.shape))
     if want_weight:
-        grads.append((logits_TE.t() @ x.reshape(-1, x.shape[-1]).to(logits_TE.dtype)).to(weight.dtype))
+        grads.append((logits_TE.t() @ as_rows(x).to(logits_TE.dtype)).to(weight.dtype))
     return grads
 
 
@@ -122,7 +123,7 @@ def _half_products(logits_TE: Tensor, x: Tensor, weight: Tensor, want_x: bool, w
     if want_x:
         grads.append(product(narrow_TE, weight).view(x.shape))
     if want_weight:
-        grads.append(product(narrow_TE.t(), x.reshape(-1, x.shape[-1])))
+        grads.append(product(narrow_TE.t(), as_rows(x)))
     return grads
 
 

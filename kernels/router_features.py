@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte_compile.kernels.autocast import register_autocast
 from lte_compile.kernels.gated_hidden import TRITON_DTYPES, has_triton
+from lte_compile.kernels.layout import as_rows
 
 MAX_WIDTH = 8192  # a warp holds one row
 
@@ -26,8 +28,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1] or bias.shape != weight.shape[:1]:
         shapes = f"{list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
         raise ValueError(f"router_features needs x [..., D], weight [R, D] and bias [R]; got shapes {shapes}")
-    if not x.dtype == weight.dtype == bias.dtype:
-        raise ValueError(f"router_features needs one dtype; got {x.dtype}, {weight.dtype} and {bias.dtype}")
+    if not x.dtype == weight.dtype == bias.dtype or not x.is_floating_point():
+        raise ValueError(f"router_features needs one floating dtype; got {x.dtype}, {weight.dtype} and {bias.dtype}")
 
 
 @torch.library.custom_op("lte::router_features", mutates_args=())
@@ -60,10 +62,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, output = ctx.saved_tensors
-    width, rank = weight.shape[1], weight.shape[0]
-    grad_TR = torch.where(output[..., width:] > 0, grad[..., width:], 0).reshape(-1, rank)
+    width = weight.shape[1]
+    grad_TR = as_rows(torch.where(output[..., width:] > 0, grad[..., width:], 0))
     grad_x = grad[..., :width] + (grad_TR @ weight).view(x.shape)
-    return grad_x, grad_TR.t() @ x.reshape(-1, width), grad_TR.sum(0)
+    return grad_x, grad_TR.t() @ as_rows(x), grad_TR.sum(0)
 
 
 router_features.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("router_features")

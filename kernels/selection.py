@@ -86,7 +86,9 @@ def straight_through(scores: Tensor, tau: float) -> Tensor:
 @selection_rule("top_share", gradient=Gradient.NONE)
 def top_share(scores: Tensor, tau: float) -> Tensor:
     """The same number of experts for every token: the share tau of highest score, at least one, unscaled."""
-    kept = max(1, round(tau * scores.shape[-1]))
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(f"top_share keeps the share tau of the experts, in [0, 1]; got {tau!r}")
+    kept = min(max(1, round(tau * scores.shape[-1])), scores.shape[-1])
     chosen = scores.topk(kept, dim=-1, sorted=False).indices
     return torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lte_compile.kernels.experts import expand_to_neurons
 from lte_compile.kernels.ffn import FfnWeights, hidden_value
 from lte_compile.kernels.hidden import constants_of_neurons
+from lte_compile.kernels.layout import as_rows
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall, active_experts
 
 # What one more run costs in bytes read instead. Measured on two cores (Cascade Lake, 10 GB/s a core): 25-50 us a run.
@@ -42,8 +43,8 @@ def find_runs(active: list[bool], max_gap: int) -> list[Run]:
 def sparse_ffn_cpu(call: SparseFfnCall) -> Tensor:
     """Equal to the reference up to the order of the sum over neurons."""
     weights = call.weights
-    active_TE = active_experts(call).reshape(-1, call.router_ED.shape[0])
-    x_TD = call.x_D.reshape(-1, call.x_D.shape[-1]).to(weights.up_FD.dtype)
+    active_TE = as_rows(active_experts(call))
+    x_TD = as_rows(call.x_D).to(weights.up_FD.dtype)
     union = (active_TE[0] if x_TD.shape[0] == 1 else active_TE.any(0)).tolist()
     runs = find_runs(union, _max_gap(call, len(union)))
     compute = _by_gathering if _gathering_is_cheaper(call, union, runs) else _by_runs
@@ -109,7 +110,7 @@ def _max_gap(call: SparseFfnCall, num_experts: int) -> int:
 def _expert_bytes(call: SparseFfnCall, num_experts: int) -> int:
     up_FD = call.weights.up_FD
     matrices = 2 if call.weights.gate_FD is None else 3
-    return matrices * up_FD.numel() * up_FD.element_size() // num_experts
+    return matrices * up_FD.numel() * up_FD.element_size() // max(num_experts, 1)
 
 
 def _rows(weights: FfnWeights, start: int, stop: int) -> FfnWeights:

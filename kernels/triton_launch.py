@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte_compile.kernels.layout import as_rows
 from lte_compile.kernels.program import is_program
 from lte_compile.kernels.program_triton import generated_kernel
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
@@ -38,7 +39,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def tokens_of(x: Tensor) -> Tensor:
     """[tokens, columns] of [..., columns], contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return as_rows(x).contiguous()
 
 
 def launch_options(device: torch.device, warps: int, early: bool = False, lets_next: bool = False) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _of_mode(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
     if mode not in known:
-        raise ValueError(f"mode must be one of default, {', '.join(known)}; got {mode!r}")
+        raise ValueError(f"mode must be one of {', '.join(dict.fromkeys(('default', *known)))}; got {mode!r}")
     return known[mode]
 
 

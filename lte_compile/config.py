@@ -69,8 +69,8 @@ class TransformConfig:
     router_rank: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grouping", _choice(Grouping, self.grouping, "grouping"))
-        object.__setattr__(self, "router", _choice(RouterKind, self.router, "router"))
+        object.__setattr__(self, "grouping", choice_of(Grouping, self.grouping, "grouping"))
+        object.__setattr__(self, "router", choice_of(RouterKind, self.router, "router"))
         if isinstance(self.expert_size, bool) or not isinstance(self.expert_size, int) or self.expert_size < 1:
             raise ValueError(f"expert_size must be a whole number of neurons, at least 1; got {self.expert_size!r}")
         if not 0.0 < self.threshold < 1.0:
@@ -102,7 +102,8 @@ class TransformConfig:
         return cls(**record)
 
 
-def _choice(enum: type[E], value: str, what: str) -> E:
+def choice_of(enum: type[E], value: str, what: str) -> E:
+    """A member by its value, or a ValueError that lists the allowed ones."""
     try:
         return enum(value)
     except ValueError:
@@ -114,4 +115,4 @@ def _choice(enum: type[E], value: str, what: str) -> E:
 
 def parse_stage(value: str) -> Stage:
     """A `Stage` from its name, or a ValueError that lists the allowed names."""
-    return _choice(Stage, value, "stage")
+    return choice_of(Stage, value, "stage")

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lte_compile.baselines import oracle_selection, remove_ffns
 from lte_compile.config import TransformConfig
-from lte_compile.evaluation.quality import evaluate, ffn_flops_per_token, num_experts, router_parameters, sites_of
+from lte_compile.evaluation.quality import (
+    Evaluation,
+    evaluate,
+    ffn_flops_per_token,
+    num_experts,
+    router_parameters,
+    sites_of,
+)
 from lte_compile.inspection.sites import inspect
 from lte_compile.routing.router import routers, set_stage
 from lte_compile.running.tracing import trace_routers
@@ -100,3 +107,7 @@ def test_an_impossible_oracle_density_is_refused() -> None:
     model, _ = zoo.build("opt")
     with pytest.raises(ValueError, match="density must lie in"), oracle_selection(model, [], 0.0):
         pass
+
+
+def test_a_loss_beyond_floats_is_an_infinite_perplexity() -> None:
+    assert Evaluation(accuracy=0.0, loss=800.0, density=1.0, densities={}).perplexity == float("inf")

@@ -57,5 +57,7 @@ def test_mistakes_are_named() -> None:
     model, _ = routed("llama")
     with pytest.raises(ValueError, match="tokens must be at least 1; got 0"):
         lte.explain(model, tokens=[0])
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'gpu'"):
+        lte.explain(model, device="gpu")
     with pytest.raises(ValueError, match="has no routers"):
         lte.explain(nn.Linear(8, 8), torch.randn(2, 8))

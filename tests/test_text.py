@@ -240,3 +240,9 @@ def test_tokenizer_without_padding_pads_with_its_end() -> None:
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="neither a padding nor an end-of-text token"):
         classification_batches(_rows(4), tokenizer)
+
+
+def test_a_text_of_no_tokens_still_makes_a_batch() -> None:
+    [batch] = evaluation_batches(encode_rows([("", 1), (" ", 0)], _WordTokenizer()), _WordTokenizer())
+    assert batch["input_ids"].tolist() == [[0], [0]]
+    assert batch["attention_mask"].tolist() == [[1], [1]]

@@ -21,7 +21,7 @@ TOKENS = 8_192
 def joined(batches: Iterable[Batch], tokens: int = TOKENS) -> Iterator[Batch]:
     """The same texts in the same order, as many batches at once as have `tokens` positions, padded to equal lengths.
 
-    Batches of anything but [B, L] tensors beside an attention mask are left as they are.
+    Batches of labels, or of anything but [B, L] tensors beside an attention mask, are left as they are.
     """
     waiting: list[Batch] = []
     for batch in batches:
@@ -37,7 +37,9 @@ def joined(batches: Iterable[Batch], tokens: int = TOKENS) -> Iterator[Batch]:
 
 def _can_be_joined(batch: Batch) -> bool:
     mask = batch.get("attention_mask")
-    return mask is not None and mask.dim() == 2 and all(value.shape == mask.shape for value in batch.values())
+    if mask is None or mask.dim() != 2 or "labels" in batch:
+        return False
+    return all(value.shape == mask.shape for value in batch.values())
 
 
 def _positions(batches: Sequence[Batch]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lte_compile.baselines.claims import claim
@@ -23,6 +23,8 @@ from lte_compile.config import Grouping, TransformConfig
 from lte_compile.inspection.sites import inspect, require_sites
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import routers
+from lte_compile.running.labels import without_labels
+from lte_compile.training.checkpointing import write_tensors
 from lte_compile.training.config import Phase, Teacher, TrainConfig
 from lte_compile.training.loop import Batches, OnStep, peek_batches, train
 from lte_compile.training.losses import Batch
@@ -114,7 +116,8 @@ class Workbench:
     @cached_property
     def sites(self) -> tuple[FfnSite, ...]:
         """The FFNs, with the places where the model runs them."""
-        return locate_sites(self.start, require_sites(inspect(self.start, self.example)), _unlabelled(self.steering[0]))
+        found = require_sites(inspect(self.start, self.example))
+        return locate_sites(self.start, found, without_labels(self.start, self.steering[0]))
 
     def start_copy(self) -> nn.Module:
         return copy.deepcopy(self.start)
@@ -149,7 +152,7 @@ class Workbench:
             state = model.state_dict()
             moved = {name: state[name].contiguous() for name in start if not torch.equal(state[name], start[name])}
             if file:
-                save_file(moved, file.with_suffix(".partial"))
+                write_tensors(moved, file.with_suffix(".partial"))
                 file.with_suffix(".partial").rename(file)
             return moved
 
@@ -194,19 +197,15 @@ class Workbench:
     def traces(self) -> Iterator[Batch]:
         """The inputs of a whole training, for predictors to learn from: equal data for them too."""
         batches = self.new_batches()
-        yield from joined(_unlabelled(batches.next_batch()) for _ in range(self.steps))
+        yield from joined(without_labels(self.start, batches.next_batch()) for _ in range(self.steps))
 
     def activations(self, model: nn.Module, config: TransformConfig) -> Mapping[str, Any]:
         """What grouping by co-activation looks at; nothing for other groupings."""
         if config.grouping is not Grouping.COACTIVATION:
             return {}
-        return collect_activations(model, self.sites, peek_batches(self.new_batches(), GROUPING_BATCHES))
+        return collect_activations(model, self.sites, peek_batches(self.new_batches(), GROUPING_BATCHES, model))
 
     def forget(self, name: str) -> None:
         """Drop the checkpoints of a finished training."""
         if self.directory:
             shutil.rmtree(self.directory / name, ignore_errors=True)
-
-
-def _unlabelled(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "labels"}

@@ -195,7 +195,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """An empty directory on the target's file system, removed at the end. Its creation proves the target writable."""
+    """An empty directory on the target's file system, removed at the end. Its creation proves the target writable.
+
+    What safetensors cannot write to it, mostly because the disk is full, is an OSError.
+    """
     beside = directory if directory.is_dir() else directory.parent
     staged = beside / f".{directory.name}.{uuid4().hex}.partial"
     if directory.exists() and not directory.is_dir():
@@ -206,6 +209,8 @@ def staging(directory: Path) -> Iterator[Path]:
         raise ValueError(f"cannot save to {directory}: {error.strerror}; choose another directory") from error
     try:
         yield staged
+    except SafetensorError as error:
+        raise OSError(f"cannot save to {directory}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from lte_compile.cli.preparing import (
     find_task,
     load_for,
     pick_device,
+    read_settings,
 )
 from lte_compile.cli.training import finetune_steps_of, steering_batches
 from lte_compile.comparison.plot import density_plot, tradeoff_plot
@@ -196,7 +197,7 @@ def _check_settings(settings: CompareSettings) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asked, indent=1).encode())
         return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = read_settings(path)
     if was := changed_settings({"teacher": Teacher.START.value, "dense_distillation": 0.0} | recorded, asked):
         raise ValueError(f"{settings.out} holds another comparison ({was}); choose another --out")
 

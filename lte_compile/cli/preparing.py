@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -39,6 +40,15 @@ def find_model(name: str, progress: TrainingProgress) -> Path:
         note = f"; {provenance.note}" if provenance.note else ""
         progress.say(f"the hub cannot be reached: weights out of {provenance.detail.split(' (')[0]}{note}")
     return path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What an OUT was made with; a ValueError if the file is gone or cut short."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); delete {path.parent} to start over") from None
+    return record
 
 
 def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from lte_compile.cli.preparing import (
     find_task,
     load_for,
     pick_device,
+    read_settings,
 )
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
@@ -222,6 +223,8 @@ def steering_batches(data: EncodedTask, device: torch.device) -> list[Batch]:
 def finetune_steps_of(asked: int | None, path: Path, task: Task) -> int:
     """As asked; by default as many as a new head needs, and none for a model that has one."""
     if asked is not None:
+        if asked < 0:
+            raise ValueError(f"--finetune-steps must not be negative; got {asked}")
         return asked
     is_new = isinstance(task, LabelledTask) and not has_classifier(path, task.labels)
     return FINETUNE_STEPS_OF_A_NEW_HEAD if is_new else 0
@@ -238,7 +241,7 @@ def _check_output(settings: TrainSettings, source: Path) -> None:
     check_output(settings.out, source, overwrite=settings.overwrite or resumes)
     if not resumes:
         return
-    recorded = json.loads((settings.checkpoints / SETTINGS_FILE).read_text(encoding="utf-8"))
+    recorded = read_settings(settings.checkpoints / SETTINGS_FILE)
     asked = json.loads(json.dumps(settings.identity()))
     if was := changed_settings(recorded, asked):
         raise ValueError(f"{settings.checkpoints} is of another run ({was}); give --no-resume to start over")

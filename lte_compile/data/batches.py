@@ -176,10 +176,11 @@ def evaluation_batches(examples: Sequence[Example], tokenizer: Any, *, batch_siz
 
 
 def encode_rows(rows: Sequence[tuple[str, int]], tokenizer: Any, max_length: int = 64) -> tuple[Example, ...]:
-    """Labelled texts as token ids with the tokenizer's special tokens."""
+    """Labelled texts as token ids with the tokenizer's special tokens; a text of no tokens becomes one of padding."""
     texts = [text for text, _ in rows]
     encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-    return tuple(Example(tuple(ids), label) for ids, (_, label) in zip(encoded, rows, strict=True))
+    nothing = (_pad_token_id(tokenizer),)  # models cannot take a batch of no positions
+    return tuple(Example(tuple(ids) or nothing, label) for ids, (_, label) in zip(encoded, rows, strict=True))
 
 
 def encode_pairs(rows: Sequence[tuple[str, str]], tokenizer: Any, window: int = 256) -> tuple[Example, ...]:

@@ -108,10 +108,12 @@ def load_task(name: str) -> LabelledTask:
 def load_corpus(name: str) -> Corpus:
     """The corpus of a known name (`CORPORA`), or of your .txt, .csv or .jsonl file (column text, a document a row).
 
-    A .txt file counts as one text and is cut into pieces of whole paragraphs. Raises as `load_task`.
+    A .txt file counts as one text and is cut into pieces of whole paragraphs. Documents of yours that are equal count
+    once: none is in two splits. Raises as `load_task`.
     """
     if is_user_file(name):
-        return Corpus(Path(name).stem, *_three_way(read_documents(Path(name)), PROSE_SHARES))
+        documents = tuple(dict.fromkeys(read_documents(Path(name))))
+        return Corpus(Path(name).stem, *_three_way(documents, PROSE_SHARES))
     reader = CORPORA.get(name)
     if reader is None:
         known = ", ".join(CORPORA)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +26,11 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
     """(text, label) rows of a .csv or .jsonl file."""
     if path.suffix.lower() not in _TABLES:
         raise ValueError(f"{path}: a labelled task is a .csv or .jsonl file with the columns text and label")
-    rows = [(record["text"], record["label"]) for record in _records(path, ("text", "label"))]
+    rows = []
+    for line, record in _records(path, ("text", "label")):
+        if not record["label"].strip():
+            raise ValueError(f"{path}, line {line}: the label is empty; give every row a label, or leave the row out")
+        rows.append((record["text"], record["label"]))
     return _not_empty(path, rows)
 
 
@@ -33,14 +39,22 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     if path.suffix.lower() not in _TABLES:
         raise ValueError(f"{path}: a generation task is a .csv or .jsonl file with the columns prompt and completion")
     columns = ("prompt", "completion")
-    return _not_empty(path, [(record["prompt"], record["completion"]) for record in _records(path, columns)])
+    return _not_empty(path, [(record["prompt"], record["completion"]) for _, record in _records(path, columns)])
 
 
 def read_documents(path: Path) -> list[str]:
     """Documents of a .csv or .jsonl file (column text), or pieces of a .txt file."""
     if path.suffix.lower() in _TABLES:
-        return _not_empty(path, [record["text"] for record in _records(path, ("text",)) if record["text"].strip()])
+        return _not_empty(path, [record["text"] for _, record in _records(path, ("text",)) if record["text"].strip()])
     return _not_empty(path, _pieces(_read(path)))
+
+
+def columns_of(path: Path) -> set[str]:
+    """The names of a table's columns, by its header or first row; none for a .txt file."""
+    if path.suffix.lower() not in _TABLES:
+        return set()
+    _, first = next(_rows(path), (0, {}))
+    return {str(name).strip() for name in first}
 
 
 def _read(path: Path) -> str:
@@ -58,19 +72,31 @@ def _not_empty(path: Path, rows: list[_Row]) -> list[_Row]:
     return rows
 
 
-def _records(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    text = _read(path)
-    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
-    for line, row in rows:
+def _records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and the values of these columns."""
+    for line, row in _rows(path):
         if missing := [column for column in columns if row.get(column) is None]:
-            raise ValueError(f"{path}, line {line}: no column {missing[0]!r}; found {sorted(map(str, row))}")
-        yield {column: str(row[column]) for column in columns}
+            found = sorted(str(name) for name, value in row.items() if value is not None)
+            raise ValueError(f"{path}, line {line}: no column {missing[0]!r}; found {found}")
+        yield line, {column: str(row[column]) for column in columns}
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, object]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    for row in reader:
-        yield reader.line_num, {key: value for key, value in row.items() if key is not None}
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    text = _read(path)
+    return _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """Only line feeds and carriage returns end a line: texts may hold what str.splitlines cuts at, such as U+2028."""
+    csv.field_size_limit(sys.maxsize)  # 128 KB otherwise, less than many a document
+    blank = len(text) - len(text.lstrip("\r\n"))
+    skipped = text.count("\n", 0, blank)
+    reader = csv.DictReader(io.StringIO(text[blank:], newline=""))
+    try:
+        for row in reader:
+            yield skipped + reader.line_num, {key: value for key, value in row.items() if key is not None}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {skipped + reader.line_num}: not CSV: {error}") from None
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]]:
@@ -87,13 +113,25 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]
 
 
 def _pieces(text: str) -> list[str]:
-    """Consecutive paragraphs gathered into pieces of about `PIECE_CHARACTERS`."""
+    """Consecutive paragraphs gathered into pieces of about `PIECE_CHARACTERS`; longer paragraphs are cut."""
     pieces: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
-        if not paragraph.strip():
-            continue
-        if pieces and len(pieces[-1]) + len(paragraph) <= PIECE_CHARACTERS:
-            pieces[-1] += "\n\n" + paragraph.strip()
-        else:
-            pieces.append(paragraph.strip())
+        for number, part in enumerate(_cut(paragraph.strip())):
+            if pieces and not number and len(pieces[-1]) + len(part) <= PIECE_CHARACTERS:
+                pieces[-1] += "\n\n" + part
+            else:
+                pieces.append(part)
     return pieces
+
+
+def _cut(paragraph: str) -> Iterator[str]:
+    """A paragraph, or parts of at most `PIECE_CHARACTERS` that end with a line, or else with a word, where one does."""
+    start = 0
+    while start < len(paragraph):
+        last = end = start + PIECE_CHARACTERS
+        if last < len(paragraph):
+            ends = (paragraph.rfind(mark, start + 1, last + 1) for mark in ("\n", " "))
+            end = next((found for found in ends if found > 0), last)
+        if part := paragraph[start:end].strip():
+            yield part
+        start = end

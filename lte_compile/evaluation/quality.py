@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lte_compile.evaluation.meter import SelectionReport, measuring
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import require_routers, routers
+from lte_compile.running.labels import are_next_tokens, without_labels
 from lte_compile.running.modes import eval_mode, on_device
 from lte_compile.running.tracing import trace_routers
 from lte_compile.training.losses import Batch
@@ -22,7 +23,8 @@ from lte_compile.training.losses import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """accuracy: share of sequences (classification) or next tokens (language model) predicted right; loss in nats.
+    """accuracy: share of labels predicted right, loss in nats: of sequences (classification), of next tokens (language
+    models), or of every position that has one (encoder-decoders, masked language models, token classifiers).
 
     density is the share of neurons active over non-padding tokens: 1.0 for a model without routers. `selection` has
     costs, load and more of what routers or selectors chose in the stage the model is in; None without any. `rouge_l` is
@@ -38,7 +40,10 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        try:
+            return math.exp(self.loss)
+        except OverflowError:  # from a loss of 710 on
+            return math.inf
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def _pooled(per_site: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], 
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor], per_site: dict[str, list[float]]) -> tuple[Tensor, Tensor]:
     """Logits and labels of the positions that count; adds the batch's [active, all] neurons to `per_site`."""
-    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    inputs, labels = without_labels(model, batch), batch["labels"]
     if any(routers(model)):
         with trace_routers(model) as trace:
             logits = model(**inputs).logits
@@ -81,7 +86,7 @@ def _predictions(model: nn.Module, batch: dict[str, Tensor], per_site: dict[str,
             sums[0], sums[1] = sums[0] + counts[0], sums[1] + counts[1]
     else:
         logits = model(**inputs).logits
-    if labels.dim() == 2:
+    if are_next_tokens(model, labels):
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels != -100
     return logits[counted], labels[counted]

@@ -25,7 +25,7 @@ from lte_compile.data.batches import (
     pair_batches,
 )
 from lte_compile.data.tasks import CORPORA, PAIRS, TASKS, LabelledTask, Pairs, Task, load_corpus, load_pairs, load_task
-from lte_compile.data.user_files import is_user_file
+from lte_compile.data.user_files import columns_of, is_user_file
 from lte_compile.evaluation.generation import mean_rouge_l
 from lte_compile.evaluation.quality import Evaluation, evaluate
 from lte_compile.reports.results import Metric
@@ -183,7 +183,7 @@ def open_task(name: str, kind: TaskKind | None = None) -> Task:
 
 
 def named_kind(name: str) -> TaskKind:
-    """The kind of a task by its name, or by a file's first line: one with a `label`, or with a `completion`."""
+    """The kind of a task by its name, or by a file's columns: one with a `label`, or with a `completion`."""
     if name in TASKS:
         return TaskKind.CLASSIFICATION
     if name in CORPORA:
@@ -195,7 +195,7 @@ def named_kind(name: str) -> TaskKind:
         near = get_close_matches(name, known, n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"no task {name!r}; known are {', '.join(known)}, or give a .csv, .jsonl or .txt file{hint}")
-    columns = _columns(Path(name))
+    columns = columns_of(Path(name))
     if "label" in columns:
         return TaskKind.CLASSIFICATION
     return TaskKind.GENERATION if {"prompt", "completion"} <= columns else TaskKind.LANGUAGE_MODEL
@@ -222,16 +222,3 @@ def without_labels(batches: Iterable[Batch]) -> Iterator[Batch]:
     """For models without a head for the labels."""
     for batch in batches:
         yield {name: value for name, value in batch.items() if name != "labels"}
-
-
-def _columns(path: Path) -> set[str]:
-    """Names that the first line of a table has, as far as they say what the table is for."""
-    if path.suffix.lower() == ".txt":
-        return set()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline()
-    if path.suffix.lower() == ".csv":
-        return {column.strip().strip('"') for column in first.split(",")}
-    return {name for name in ("label", "prompt", "completion") if f'"{name}"' in first}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from lte_compile.calibration.density import calibrate, evaluate_routers, set_density
 from lte_compile.calibration.effects import fit_to
@@ -17,6 +19,9 @@ from lte_compile.running.tracing import trace_routers
 from lte_compile.training.config import Gates, TrainConfig
 from lte_compile.training.loop import controller_of
 
+# What only `lte_compile.train` does; asked for here it would have no effect.
+_UNREAD = ("distillation", "layer_distillation", "hold_density", "start_density", "dropout")
+
 
 class LteTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for transformed models.
@@ -25,7 +30,8 @@ class LteTrainer(Trainer):  # type: ignore[misc]
 
     Steps and rates come from `args`; of `lte` it reads target_density, gates, separability, router_learning_rate,
     router_weight_decay, fit_router, eta and measure_every. Stage 2 begins after the share
-    stage1_steps / (stage1_steps + stage2_steps) of the run.
+    stage1_steps / (stage1_steps + stage2_steps) of the run. Checkpoints hold eta, thresholds and stage too: a run that
+    goes on from one (`resume_from_checkpoint`) ends as it would have without the interruption.
 
     Args:
         lte: see `TrainConfig`.
@@ -38,6 +44,10 @@ class LteTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
         if lte.budget_range is not None:
             raise ValueError("LteTrainer trains for one budget; lte_compile.train takes a budget_range")
+        if unread := [f.name for f in fields(lte) if f.name in _UNREAD and getattr(lte, f.name) != f.default]:
+            raise ValueError(f"LteTrainer does not do {', '.join(unread)}; leave it out, or use lte_compile.train")
+        if not lte.stage1_steps + lte.stage2_steps:
+            raise ValueError("stage1_steps and stage2_steps say how the run is divided; both are 0")
         require_routers(self.model)
         self.lte = lte
         self.controller = controller_of(lte)
@@ -70,11 +80,16 @@ class LteTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, *args, **kwargs)
         with trace_routers(model) as trace:
             result = super().compute_loss(model, inputs, *args, **kwargs)
-        ramp = self.state.global_step / max(self.state.max_steps, 1)
+        ramp = min((self.state.global_step + 1) / max(self.stage1_end, 1.0), 1.0)
         extra = self.controller.eta * trace.efficiency_loss()
         extra = extra + self.lte.separability * ramp * trace.separability_loss()
         extra = extra / self._own_division(kwargs.get("num_items_in_batch"))
         return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
+
+    @property
+    def stage1_end(self) -> float:
+        """In steps of the run."""
+        return self.lte.stage1_steps / (self.lte.stage1_steps + self.lte.stage2_steps) * int(self.state.max_steps)
 
     def _own_division(self, num_items: object) -> int:
         """The Trainer divides a step's losses by its micro-batches, unless the model did so by counting items."""
@@ -97,8 +112,11 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
 
-class _Stages(TrainerCallback):  # type: ignore[misc]
-    """Enters stage 1 at the beginning and stage 2 on time; measures the held-out density in between."""
+class _Stages(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Enters stage 1 at the beginning and stage 2 on time; measures the held-out density in between.
+
+    What it exports goes into every checkpoint's trainer_state.json.
+    """
 
     def __init__(self, trainer: LteTrainer) -> None:
         self.trainer = trainer
@@ -106,26 +124,53 @@ class _Stages(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        lte, model = self.trainer.lte, self.trainer.model
-        if state.global_step == 0 and not self.trainer.is_fsdp_enabled:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        if state.global_step:
+            self._restore(saved)
+            return
+        if not self.trainer.is_fsdp_enabled:
             self.trainer.fit_routers()
-        rule = "straight_through" if lte.gates is Gates.STRAIGHT_THROUGH else None
-        set_stage(model, Stage.SOFT, selection=rule)
+        self._enter(Stage.SOFT)
+
+    def _enter(self, stage: Stage) -> None:
+        straight_through = stage is Stage.SOFT and self.trainer.lte.gates is Gates.STRAIGHT_THROUGH
+        set_stage(self.trainer.model, stage, selection="straight_through" if straight_through else None)
+
+    def state(self) -> dict[str, Any]:
+        """What beside weights and optimizer makes a resumed run the same."""
+        found = require_routers(self.trainer.model)
+        attributes = {
+            "stage": found[0].stage.value,
+            "controller": self.trainer.controller.state_dict(),
+            "thresholds": [router.threshold for router in found],
+            "quantiles": [list(router.score_quantiles) for router in found],
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def from_state(self, state: Any) -> _Stages:
+        """For `restore_callback_states_from_checkpoint`: everything comes back when training begins."""
+        return self
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.trainer.controller.load_state_dict(saved["controller"])
+        found = require_routers(self.trainer.model)
+        for router, threshold, quantiles in zip(found, saved["thresholds"], saved["quantiles"], strict=True):
+            router.threshold, router.score_quantiles = threshold, tuple(quantiles)
+        self._enter(Stage(saved["stage"]) if saved["stage"] != Stage.DENSE else Stage.SOFT)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lte, model = self.trainer.lte, self.trainer.model
         in_stage1 = next(routers(model)).stage is Stage.SOFT
         if in_stage1 and state.global_step % lte.measure_every == 0:
             self.trainer.controller.measure(evaluate_routers(model, self.trainer.held_out).density())
-        share = lte.stage1_steps / (lte.stage1_steps + lte.stage2_steps)
-        if in_stage1 and state.global_step >= share * state.max_steps:
+        if in_stage1 and state.global_step >= self.trainer.stage1_end:
             if lte.is_steered:
                 calibrate(model, self.trainer.held_out)
                 set_density(model, lte.target_density)
-            set_stage(model, Stage.HARD)
+            self._enter(Stage.HARD)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        set_stage(self.trainer.model, Stage.HARD)
+        self._enter(Stage.HARD)
         calibrate(self.trainer.model, self.trainer.held_out)

@@ -30,6 +30,7 @@ from lte_compile.running.modes import in_stage
 
 REFERENCE_FORM = "reference form"
 TOKENS = (1, 16, 512)  # one-token decode, a small batch, a prompt: what the kernels are made for
+DEVICES = ("cpu", "cuda")
 _WEIGHTS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
 
 
@@ -69,10 +70,12 @@ def explain(
         density: share of active experts to expect, by default what each router was calibrated to.
 
     Raises:
-        ValueError: a model without routers, a number of tokens below 1, or a density outside [0, 1].
+        ValueError: a model without routers, another device, a number of tokens below 1, or a density outside [0, 1].
     """
     require_routers(model)
     check_density(density)
+    if device not in (None, *DEVICES):
+        raise ValueError(f"device must be {' or '.join(map(repr, DEVICES))}; got {device!r}")
     if wrong := [count for count in tokens if count < 1]:
         raise ValueError(f"tokens must be at least 1; got {wrong[0]}")
     asked: dict[str, Any] = {

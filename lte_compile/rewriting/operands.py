@@ -144,8 +144,10 @@ def _stands_for(value: Any, weight: Tensor) -> bool:
     """The weight itself or all of it in another view: under Dynamo, attributes such as `w.T` do not reach the mode."""
     if value is weight:
         return True
-    alike = isinstance(value, Tensor) and value.dim() == weight.dim() and value.shape.numel() == weight.shape.numel()
-    return alike and value._base is weight
+    if not isinstance(value, Tensor) or value.dim() != weight.dim():
+        return False
+    elements = value.numel()  # no int where torch.export keeps a size free: no weight's, and comparing it would bind it
+    return isinstance(elements, int) and elements == weight.numel() and value._base is weight
 
 
 def _with_operand(

@@ -26,7 +26,7 @@ class PaddingReader:
     def __init__(self, model: nn.Module, mask: Tensor | None = None) -> None:
         self.mask = mask
         self.names = tuple(inspect.signature(model.forward).parameters)
-        self.decoder = frozenset(_decoder_modules(model))
+        self.decoder = frozenset(decoder_modules(model))
         self.current = PaddingMasks(mask, mask)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def _two_dimensional(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _decoder_modules(model: nn.Module) -> set[nn.Module]:
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of an encoder-decoder's decoder; none for other models, whose one mask is `attention_mask`."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         return set()

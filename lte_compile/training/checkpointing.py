@@ -48,16 +48,33 @@ def save_checkpoint(
     partial = directory / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_contiguous(weights), partial / "model.safetensors")
-    save_file(_contiguous(tensors), partial / "optimizer.safetensors")
-    save_file(_random_state(), partial / "random.safetensors")
-    record = {**progress, "optimizer": scalars, "python_random": _python_random()}
-    (partial / "progress.json").write_text(json.dumps(record))
+    try:
+        write_tensors(_contiguous(weights), partial / "model.safetensors")
+        write_tensors(_contiguous(tensors), partial / "optimizer.safetensors")
+        write_tensors(_random_state(), partial / "random.safetensors")
+        record = {**progress, "optimizer": scalars, "python_random": _python_random()}
+        (partial / "progress.json").write_text(json.dumps(record))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep a full disk full
+        raise
+    _take_over(partial, target)
+    return target
+
+
+def _take_over(partial: Path, target: Path) -> None:
+    """A whole checkpoint gets its name, and the oldest ones go."""
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in _checkpoints(directory)[:-_KEEP]:
+    for old in _checkpoints(target.parent)[:-_KEEP]:
         shutil.rmtree(old)
-    return target
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """As safetensors. Raises OSError where they cannot be written."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

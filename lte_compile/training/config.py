@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from lte_compile.config import FitTarget, Stage
+from lte_compile.config import FitTarget, Stage, choice_of
 
 
 class Gates(StrEnum):
@@ -114,8 +114,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gates", Gates(self.gates))
-        object.__setattr__(self, "fit_target", FitTarget(self.fit_target))
+        object.__setattr__(self, "gates", choice_of(Gates, self.gates, "gates"))
+        object.__setattr__(self, "fit_target", choice_of(FitTarget, self.fit_target, "fit_target"))
         _require(0.0 < self.target_density < 1.0, "target_density must lie between 0 and 1", self.target_density)
         _require(0.0 <= self.distillation <= 1.0, "distillation must lie in [0, 1]", self.distillation)
         _require(self.layer_distillation >= 0.0, "layer_distillation must not be negative", self.layer_distillation)
@@ -134,7 +134,7 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
 
     def _check_budgets(self) -> None:
-        object.__setattr__(self, "budget_draw", BudgetDraw(self.budget_draw))
+        object.__setattr__(self, "budget_draw", choice_of(BudgetDraw, self.budget_draw, "budget_draw"))
         if self.budget_range is None:
             return
         object.__setattr__(self, "budget_range", tuple(self.budget_range))

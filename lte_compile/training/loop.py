@@ -25,7 +25,8 @@ from lte_compile.calibration.density import calibrate, set_density
 from lte_compile.calibration.effects import fit_to
 from lte_compile.config import Stage
 from lte_compile.rewriting.layouts import set_layout
-from lte_compile.routing.router import require_routers, routers, set_stage
+from lte_compile.routing.router import routers, set_stage
+from lte_compile.running.labels import are_next_tokens, without_labels
 from lte_compile.running.modes import dropout_of
 from lte_compile.training.budgets import Budgets, budgets_of, lower_logits, lowering_ends
 from lte_compile.training.checkpointing import (
@@ -36,6 +37,7 @@ from lte_compile.training.checkpointing import (
     restore_random,
     save_checkpoint,
 )
+from lte_compile.training.checks import check_config, check_request
 from lte_compile.training.config import Phase, TrainConfig, lte_phases
 from lte_compile.training.controller import DensityController
 from lte_compile.training.distributed import Processes, Replica, join, require_plain
@@ -127,12 +129,12 @@ def train(
             told. Every process passes whole batches and computes its share of each.
 
     Raises:
-        ValueError: held-out data or a teacher is missing, the model is not transformed, a checkpoint is damaged or
-            of another model, or processes were given different batches.
+        ValueError: held-out data or a teacher is missing, the model is not transformed or has nothing to train, a
+            checkpoint is damaged, of another model or another run, or processes were given different batches.
         FloatingPointError: the loss became NaN or infinite; the newest checkpoint is intact.
     """
     phases = tuple(lte_phases(config) if phases is None else phases)
-    _check(model, config, phases, held_out, teacher)
+    check_request(model, batches, config, phases, held_out, teacher)
     processes = join(next(model.parameters()).device, shard=shard)
     run = _Run(
         model=model,
@@ -163,17 +165,6 @@ def train(
     if phases and phases[-1].stage is Stage.HARD:
         set_layout(model, "neuron_major")
     return tuple(run.events)
-
-
-def _check(
-    model: nn.Module, config: TrainConfig, phases: Sequence[Phase], held_out: Sequence[Batch], teacher: nn.Module | None
-) -> None:
-    if any(phase.stage is not None for phase in phases):
-        require_routers(model)
-    if any(phase.trains_routers for phase in phases) and not held_out:
-        raise ValueError("held_out is empty: the density is steered by held-out batches; pass a few")
-    if config.needs_teacher and teacher is None and any(phase.stage is not None for phase in phases):
-        raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
 
 
 def _start_together(run: _Run, checkpoint: Path | None) -> None:
@@ -225,11 +216,14 @@ def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, 
 def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
     """Put the model into the phase's stage; on a fresh start also fit routers, or place the threshold they ended at."""
     model, config = run.model, run.config
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if phase.stage is None:
         model.train()
         return
     if fresh and phase.trains_routers and config.fit_router:
-        fit_to(config.fit_target, model, peek_batches(run.batches, FIT_BATCHES), config.density_after(0.0))
+        seen = peek_batches(run.batches, FIT_BATCHES, model)
+        fit_to(config.fit_target, model, seen, config.density_after(0.0))
     steered = config.is_steered and phase.selection is None and bool(run.held_out)
     if fresh and phase.stage is Stage.HARD and steered:
         calibrate(model, run.held_out)
@@ -239,8 +233,6 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
     set_stage(model, phase.stage, selection=phase.selection)
     if fresh and run.budgets and run.draws_budgets(phase):
         run.steering.follow_all(model, run.budgets)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
 
 
@@ -249,14 +241,15 @@ def controller_of(config: TrainConfig) -> DensityController:
     return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
 
 
-def peek_batches(batches: Batches, count: int) -> list[Batch]:
+def peek_batches(batches: Batches, count: int, model: nn.Module | None = None) -> list[Batch]:
     """The next batches, without moving on: `count`, or fewer that hold PEEKED_TOKENS together.
 
-    Labels are left out: routers are fitted to inputs.
+    Labels are left out, if the model does not read them (`without_labels`): routers are fitted to inputs.
     """
     position, seen, tokens = batches.state_dict(), list[Batch](), 0
     while len(seen) < count and tokens < PEEKED_TOKENS:
-        seen.append({name: value for name, value in batches.next_batch().items() if name != "labels"})
+        batch = batches.next_batch()
+        seen.append(without_labels(model, batch) if model else {k: v for k, v in batch.items() if k != "labels"})
         tokens += next(iter(seen[-1].values())).shape[:2].numel()
     batches.load_state_dict(position)
     return seen
@@ -323,7 +316,8 @@ def _step(
     batch = run.batches.next_batch()
     shift_B = _drawn_shifts(run, phase, batch, step)
     rank, size = processes.rank, processes.size
-    parts = list(micro_batches(batch, config.accumulation, rank=rank, processes=size, shift_B=shift_B))
+    shifted = "labels" in batch and are_next_tokens(run.model, batch["labels"])
+    parts = list(micro_batches(batch, config.accumulation, rank=rank, processes=size, shift_B=shift_B, shifted=shifted))
     with accelerated.step(_fixed_shape(parts)), lowering_ends(model):
         for number, part in enumerate(parts, start=1):
             moved = part.moved_to(model)
@@ -414,6 +408,7 @@ def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
     return {
         "phase": phase,
         "step": step,
+        "config": run.config.to_dict(),
         "batches": dict(run.batches.state_dict()),
         "controller": run.controller.state_dict(),
         "budget_shifts": run.budgets.shifts if run.budgets else [],
@@ -426,6 +421,7 @@ def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
 def _resume(run: _Run, checkpoint: Path) -> tuple[int, int]:
     """Restore everything but optimizer and random state; returns the phase and step to go on with."""
     progress = read_progress(checkpoint)
+    check_config(checkpoint, progress.get("config", {}), run.config)
     load_weights(checkpoint, run.model)
     run.batches.load_state_dict(progress["batches"])
     run.controller.load_state_dict(progress["controller"])

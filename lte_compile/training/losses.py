@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte_compile.running.labels import is_encoder_decoder, without_labels
 from lte_compile.running.modes import on_device
+from lte_compile.running.padding import decoder_modules
 from lte_compile.running.tracing import trace_routers, unwrapped
+from lte_compile.training.layer_compilation import repeated_layers
 from lte_compile.training.layer_distances import layer_distance, layer_outputs
 from lte_compile.training.token_losses import NextTokens, deferred_loss, token_losses
 
@@ -74,15 +77,21 @@ class MicroBatch:
 
 
 def micro_batches(
-    batch: Batch, count: int, *, rank: int = 0, processes: int = 1, shift_B: Tensor | None = None
+    batch: Batch,
+    count: int,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    shift_B: Tensor | None = None,
+    shifted: bool = True,
 ) -> Iterator[MicroBatch]:
     """Cut a batch along its first axis; the weighted losses of all processes' slices sum to the batch's.
 
     Yields the slices of process `rank`. All processes get as many slices; one that has no rows left for a slice gets
-    a row of the batch that weighs nothing.
+    a row of the batch that weighs nothing. `shifted`: labels [B, T] are next tokens, so the first ones are not learned.
     """
     shares = torch.arange(_num_rows(batch)).tensor_split(processes)
-    labels, tokens, rows = max(_num_labels(batch), 1), max(_num_tokens(batch), 1), _num_rows(batch)
+    labels, tokens, rows = max(_num_labels(batch, shifted), 1), max(_num_tokens(batch), 1), _num_rows(batch)
     for piece in shares[rank].tensor_split(min(count, len(shares[0]))):
         if not len(piece):
             idle = {name: value[:1] for name, value in batch.items()}
@@ -94,7 +103,7 @@ def micro_batches(
         tokens_here = _num_tokens(inputs)
         yield MicroBatch(
             inputs=inputs,
-            label_share=_num_labels(inputs) / labels,
+            label_share=_num_labels(inputs, shifted) / labels,
             token_share=tokens_here / tokens,
             row_share=len(piece) / rows,
             is_full=mask is not None and tokens_here == mask.numel(),
@@ -106,13 +115,13 @@ def _num_rows(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
-def _num_labels(batch: Batch) -> int:
+def _num_labels(batch: Batch, shifted: bool) -> int:
     """How many labels a transformers model averages its loss over."""
     labels = batch.get("labels")
     if labels is None:
         return _num_rows(batch)
-    shifted = labels[:, 1:] if labels.dim() == 2 and "decoder_input_ids" not in batch else labels
-    return int((shifted != -100).sum())
+    learned = labels[:, 1:] if labels.dim() == 2 and shifted else labels
+    return int((learned != -100).sum())
 
 
 def _num_tokens(batch: Batch) -> int:
@@ -132,15 +141,14 @@ def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teac
     target = None if taught is None else taught.logits
     if deferred.logits_BTC is None:
         task = _task_loss(out, part)
-        distance = None if target is None else _distillation(out.logits, target, part, weights.temperature)
+        distance = None if target is None else _distillation(out.logits, target, model, part, weights.temperature)
     else:
         task, distance = _next_token_losses(deferred, target, part, weights.temperature)
     loss = task
     if distance is not None:
         loss = (1 - weights.distillation) * task + weights.distillation * distance
     if taught is not None and layers:
-        counted_BT = None if part.is_full else part.inputs.get("attention_mask")
-        loss = loss + weights.layers * part.token_share * layer_distance(layers, taught.layers, counted_BT)
+        loss = loss + weights.layers * _layer_loss(model, layers, taught.layers, part)
     if trace is None:
         return loss
     auxiliary = weights.efficiency * trace.efficiency_loss()
@@ -172,7 +180,7 @@ class _Taught:
 def _teach(teacher: nn.Module, part: MicroBatch, weights: LossWeights) -> _Taught:
     inputs = _arguments(teacher, part)
     with torch.no_grad(), layer_outputs(teacher, enabled=weights.layers != 0.0) as layers:
-        logits = teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        logits = teacher(**without_labels(teacher, inputs)).logits
     return _Taught(logits, layers)
 
 
@@ -200,11 +208,25 @@ def _is_on(weight: float | Tensor) -> bool:
 
 def _task_loss(out: Any, part: MicroBatch) -> Tensor:
     """The slice's share of the model's own loss. Without a label that would be 0 / 0; here it is 0, with a gradient."""
+    if out.loss is None:
+        raise ValueError('the model returned no loss; give batches "labels", and a model that computes one from them')
     loss: Tensor = out.loss * part.label_share if part.label_share else 0.0 * out.logits.flatten()[0]
     return loss
 
 
-def _distillation(logits: Tensor, target: Tensor, part: MicroBatch, temperature: float) -> Tensor:
+def _counted_positions(model: nn.Module, part: MicroBatch) -> tuple[Tensor | None, float]:
+    """Where logits [B, T, C] count, nonzero in [B, T] (None: everywhere), and the slice's share of all such positions.
+
+    An encoder-decoder's are its decoder's, which the attention mask says nothing about.
+    """
+    if is_encoder_decoder(model):
+        labels = part.inputs.get("labels")
+        return (None, part.row_share) if labels is None else (labels != -100, part.label_share)
+    mask = part.inputs.get("attention_mask")
+    return (mask, part.row_share if mask is None else part.token_share)
+
+
+def _distillation(logits: Tensor, target: Tensor, model: nn.Module, part: MicroBatch, temperature: float) -> Tensor:
     """The slice's share of KL(teacher || model) in nats, a mean over sequences, or over tokens for [B, T, C] logits.
 
     Of softened distributions times the temperature squared, so that gradients keep their size.
@@ -213,8 +235,22 @@ def _distillation(logits: Tensor, target: Tensor, part: MicroBatch, temperature:
     learned, taught = ((z.to(precise) / temperature).log_softmax(-1) for z in (logits, target))
     kl = F.kl_div(learned, taught, log_target=True, reduction="none")
     per_position = kl.sum(-1) * temperature**2
-    mask = part.inputs.get("attention_mask")
-    if mask is None or mask.shape != per_position.shape:
+    counted_BT, share = _counted_positions(model, part)
+    if counted_BT is None or counted_BT.shape != per_position.shape:
         return per_position.mean() * part.row_share
-    counted = per_position if part.is_full else per_position[mask.bool()]
-    return counted.mean() * part.token_share
+    if part.is_full and not is_encoder_decoder(model):
+        return per_position.mean() * share
+    return per_position[counted_BT.bool()].sum() / counted_BT.sum().clamp(min=1) * share
+
+
+def _layer_loss(model: nn.Module, learned: list[Tensor], taught: list[Tensor], part: MicroBatch) -> Tensor:
+    """The slice's share of the layers' distances. Encoders run before decoders, which have other tokens."""
+    mask = None if part.is_full else part.inputs.get("attention_mask")
+    decoder, layers = decoder_modules(unwrapped(model)), repeated_layers(model)
+    first = sum(layer not in decoder for layer in layers)
+    if not decoder or len(learned) != len(layers):
+        return part.token_share * layer_distance(learned, taught, mask)
+    counted_BT, share = _counted_positions(model, part)
+    encoded = part.token_share * layer_distance(learned[:first], taught[:first], mask)
+    decoded = share * layer_distance(learned[first:], taught[first:], counted_BT)
+    return (first * encoded + (len(learned) - first) * decoded) / len(learned)

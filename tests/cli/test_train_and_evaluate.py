@@ -153,12 +153,27 @@ def test_checkpoints_of_another_run_are_not_resumed(
     assert run(*arguments, "--no-resume", "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_checkpoints_without_their_settings_are_not_resumed(
+    run: Run, bert: Path, trained_bert: Path, labelled: Path, tmp_path: Path, content: str | None
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained_bert, out)
+    settings = out / "checkpoints" / "settings.json"
+    settings.unlink() if content is None else settings.write_text(content)
+    refused = run("train", bert, out, "--task", labelled, *BERT_RUN)
+    assert refused.exit_code == 2
+    assert "settings.json is missing or damaged" in refused.stderr
+    assert "to start over" in refused.stderr
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
         (("--target-density", 1.5), "target_density"),
         (("--distillation", 2), "distillation"),
         (("--batch-size", 0), "batch_size"),
+        (("--finetune-steps", -1), "--finetune-steps must not be negative; got -1"),
         (("--device", "tpu"), "--device"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--task-kind", "classificatoin"), "did you mean 'classification'"),

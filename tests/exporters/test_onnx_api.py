@@ -18,6 +18,7 @@ from lte_compile.routing.router import set_stage
 from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.transform import transform
 from tests.routed import Block
+from tests.tiers import WIDTH, Raw
 
 # float32 sums of 40 terms of size about 1: rounding is near 1e-6, another expert choice near 1e-1.
 TOLERANCE = 1e-4
@@ -97,6 +98,17 @@ def test_axes_as_asked(dynamic_axes: Any, wanted: list[Any], classifier: nn.Modu
     path = export_onnx(classifier, tmp_path / "m.onnx", example_inputs=inputs, dynamic_axes=dynamic_axes).path
     (value,) = onnx.load(path).graph.input
     assert [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] == wanted
+
+
+@pytest.mark.parametrize("how", ["addmm", "matmul", "linear"])
+def test_the_batch_stays_free_where_parameters_are_multiplied_by_flattened_tokens(how: str, tmp_path: Path) -> None:
+    model = transform(Raw(how), TransformConfig(expert_size=8), torch.randn(2, 7, WIDTH))
+    report = export_onnx(
+        set_stage(model, "hard"), tmp_path / "m.onnx", example_inputs=torch.randn(2, 7, WIDTH), dynamic_axes="batch"
+    )
+    x = torch.randn(5, 7, WIDTH)
+    with torch.no_grad():
+        assert max_abs_difference(run(report.path, {"x": x})["output"], model(x)) < TOLERANCE
 
 
 def test_other_stages_say_why_they_are_masked_dense(classifier: nn.Module, tmp_path: Path) -> None:

@@ -184,6 +184,17 @@ def test_projections_of_interleaved_halves_are_decoded_in_place() -> None:
     assert "every other row" in choose(request._replace(tokens=3)).refusals["triton-batch"]
 
 
+def test_biases_apart_from_one_another_are_not_read_as_if_side_by_side() -> None:
+    pytest.importorskip("triton")
+    call = make_call(with_tokens(SHAPES[0], 3), dtype=torch.float32)
+    apart = interleaved(call).weights
+    weights = call.weights._replace(up_bias_F=apart.up_bias_F, gate_bias_F=apart.gate_bias_F)
+    same = call.weights._replace(up_bias_F=torch.ones(1).expand(32), gate_bias_F=torch.ones(1).expand(32))
+    for given, is_served in ((call.weights, True), (weights, False), (same, False)):
+        request = describe(call._replace(weights=given))._replace(device="cuda", width=4096, neurons=11008)
+        assert (choose(request).lowering.name == "triton-batch") == is_served
+
+
 def test_few_tokens_on_a_cpu_read_runs_of_experts() -> None:
     assert choose(ONE_TOKEN).lowering.name == "cpu-runs"
     assert choose(ONE_TOKEN._replace(tokens=MAX_CPU_TOKENS + 1)).lowering.name == "reference"

@@ -214,6 +214,23 @@ def test_a_new_rule_is_one_function() -> None:
         del SELECTION_RULES["at_most_one"]
 
 
+def run_ffn(x: Tensor, down: Tensor | None = None) -> Tensor:
+    ffn = torch.randn(37, 13), None, torch.randn(13, 37) if down is None else down, None, None, None
+    result: Tensor = ops.expert_ffn(x, torch.rand(2, 5), *ffn, "relu", 8)
+    return result
+
+
+@pytest.mark.parametrize("name", ["route", "gate_hidden", "expert_ffn", "sparse_ffn"])
+@pytest.mark.parametrize("shape", [Shape((3,), 5, 0, 4), Shape((3,), 0, 8, 4), Shape((2, 1), 5, 0, 4, (0,))], ids=str)
+def test_layers_of_nothing(name: str, shape: Shape) -> None:
+    """No neurons, or no columns: an FFN that is its bias."""
+    given = arguments(shape)[name]
+    assert set(torch.library.opcheck(getattr(ops, name).default, given).values()) == {"SUCCESS"}
+    if name.endswith("ffn") and not shape.neurons:
+        bias = given[{"expert_ffn": 7, "sparse_ffn": 8}[name]]
+        assert torch.equal(getattr(ops, name)(*given), bias.expand(*shape.tokens, -1))
+
+
 @pytest.mark.parametrize(
     "run, message",
     [
@@ -226,6 +243,9 @@ def test_a_new_rule_is_one_function() -> None:
         (lambda: ops.gate_hidden(torch.randn(8), torch.rand(2), 4, torch.tensor([0, 8])), r"shape \[3\]"),
         (lambda: run_op(make_call(PRIMES, activation="gleu")), "unknown activation 'gleu'.*did you mean 'gelu'"),
         (lambda: run_op(make_call(PRIMES)._replace(expert_size=0)), "at least 1"),
+        (lambda: ops.select(torch.rand(3), "top_share", 1.5), r"in \[0, 1\]; got 1.5"),
+        (lambda: run_ffn(torch.ones(2, 13, dtype=torch.int64)), "x must be floating point; got torch.int64"),
+        (lambda: run_ffn(torch.randn(2, 13), torch.tensor(1.0)), r"w_down must have shape \[width, 37\]; got \[\]"),
     ],
 )
 def test_mistakes_are_explained(run: Callable[[], Tensor], message: str) -> None:

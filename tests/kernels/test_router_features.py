@@ -50,8 +50,17 @@ def test_wrong_shapes_are_named(sizes: tuple[tuple[int, ...], ...], shapes: str)
 
 def test_two_dtypes_are_refused() -> None:
     x, weight, bias = arguments()
-    with pytest.raises(ValueError, match="needs one dtype"):
+    with pytest.raises(ValueError, match="needs one floating dtype"):
         features(x.float(), weight, bias)
+    with pytest.raises(ValueError, match=r"needs one floating dtype; got torch\.int64"):
+        features(*(tensor.long() for tensor in (x, weight, bias)))
+
+
+def test_autocast_leaves_it_alone() -> None:
+    given = arguments(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = features(*given)
+    assert torch.equal(actual, features(*given))
 
 
 @pytest.fixture(scope="module")
