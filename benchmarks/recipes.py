@@ -140,7 +140,7 @@ def _transform(model: nn.Module, data: Data, recipe: Recipe, seed: int) -> None:
     config = TransformConfig(expert_size=recipe.expert_size, grouping=recipe.grouping, seed=seed)
     activations = None
     if recipe.grouping is Grouping.COACTIVATION:
-        seen = peek_batches(data.batches, FIT_BATCHES)
+        seen = peek_batches(model, data.batches, FIT_BATCHES)
         activations = collect_activations(model, inspect(model, example).sites, seen)
     transform(model, config, example, activations=activations)
 

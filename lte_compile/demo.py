@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lte_compile.baselines import oracle_selection, remove_ffns
 from lte_compile.bench import bench_ffn
@@ -50,6 +50,7 @@ from lte_compile.reports.results import (
     ScoreHistogram,
 )
 from lte_compile.routing.router import set_stage
+from lte_compile.running.labels import without_labels
 from lte_compile.running.tracing import site_names, trace_routers
 from lte_compile.serving.onnx_file import export_onnx
 from lte_compile.training.config import Phase, TrainConfig
@@ -198,15 +199,11 @@ def _load_data(task: LabelledTask, tokenizer: Any, seed: int) -> _Data:
 
 def _transform(model: nn.Module, data: _Data, config: DemoConfig) -> None:
     """Group neurons by what they do together on training questions, and attach routers."""
-    example = _inputs(data.valid[0])
-    seen = peek_batches(data.train, FIT_BATCHES)
+    example = without_labels(model, data.valid[0])
+    seen = peek_batches(model, data.train, FIT_BATCHES)
     activations = collect_activations(model, inspect(model, example).ffn_sites, seen)
     chosen = TransformConfig(expert_size=config.expert_size, grouping=Grouping.COACTIVATION, seed=config.seed)
     transform(model, chosen, example, activations=activations)
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _train_config(config: DemoConfig, rate: float) -> TrainConfig:
@@ -262,7 +259,7 @@ def _oracle(
 
 def _export(model: nn.Module, batch: Batch, path: Path) -> OnnxCheck:
     """Export at the trained density and compare logits with torch on test questions, in plain ONNX Runtime."""
-    inputs = _inputs(batch)
+    inputs = without_labels(model, batch)
     export_onnx(model, path, example_inputs=inputs)
     with torch.no_grad(), trace_routers(model) as trace:
         expected_BC = model.eval()(**inputs).logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lte_compile.config import TransformConfig
 from lte_compile.evaluation.quality import evaluate
+from lte_compile.huggingface.trainer import LteTrainer
 from lte_compile.routing.router import routers, set_stage
 from lte_compile.running.labels import without_labels
 from lte_compile.training.config import TrainConfig
@@ -60,6 +62,16 @@ def test_they_train_on_what_collators_give(name: str) -> None:
     set_stage(model, "hard")
     assert evaluate(model, held_out).density == pytest.approx(0.4, abs=0.02)
     assert all(router.score_quantiles for router in routers(model))
+
+
+def test_transformers_trainer_fits_their_routers(tmp_path: Path) -> None:
+    model = transform(build("t5")[0], TransformConfig(expert_size=8))
+    config = TrainConfig(target_density=0.4, stage1_steps=1, stage2_steps=1)
+    held_out = [Sequences(1).next_batch()]
+    arguments = tf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    LteTrainer(model=model, args=arguments, train_dataset=[], lte=config, held_out=held_out).fit_routers()
+    set_stage(model, "hard")
+    assert evaluate(model, held_out).density == pytest.approx(0.4, abs=0.05)  # measured on what was fitted
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -203,7 +203,7 @@ class Workbench:
         """What grouping by co-activation looks at; nothing for other groupings."""
         if config.grouping is not Grouping.COACTIVATION:
             return {}
-        return collect_activations(model, self.sites, peek_batches(self.new_batches(), GROUPING_BATCHES, model))
+        return collect_activations(model, self.sites, peek_batches(model, self.new_batches(), GROUPING_BATCHES))
 
     def forget(self, name: str) -> None:
         """Drop the checkpoints of a finished training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,8 +20,8 @@ from lte_compile.cli.output import Outcome, facts_table
 from lte_compile.cli.preparing import check_output, encode, find_model, find_task
 from lte_compile.config import Grouping, TransformConfig
 from lte_compile.evaluation.quality import router_parameters, sites_of
-from lte_compile.evaluation.tasks import without_labels
 from lte_compile.inspection.sites import inspect
+from lte_compile.running.labels import without_labels
 from lte_compile.training.losses import Batch
 from lte_compile.training.progress import TrainingProgress
 from lte_compile.transform import transform
@@ -114,11 +114,11 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def activations_for(model: nn.Module, config: TransformConfig, batches: list[Batch]) -> Mapping[str, Tensor]:
-    """What `transform` needs to know for this grouping: activations, or nothing."""
+def activations_for(model: nn.Module, config: TransformConfig, batches: Iterable[Batch]) -> Mapping[str, Tensor]:
+    """What `transform` needs to know for this grouping: activations on these inputs, labelled or not; or nothing."""
     if config.grouping is not Grouping.COACTIVATION:
         return {}
-    return collect_activations(model, inspect(model).ffn_sites, batches)
+    return collect_activations(model, inspect(model).ffn_sites, (without_labels(model, batch) for batch in batches))
 
 
 def _activations(
@@ -127,8 +127,8 @@ def _activations(
     if settings.task is None or settings.config.grouping is not Grouping.COACTIVATION:
         return {}
     task = encode(find_task(settings.task, progress), load_tokenizer(path), settings.task)
-    batches = without_labels(task.held_out(ACTIVATION_BATCHES, next(model.parameters()).device))
-    return activations_for(model, settings.config, list(batches))
+    held_out = task.held_out(ACTIVATION_BATCHES, next(model.parameters()).device)
+    return activations_for(model, settings.config, held_out)
 
 
 def _has_tokenizer(path: Path) -> bool:

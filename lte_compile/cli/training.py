@@ -39,7 +39,7 @@ from lte_compile.cli.preparing import (
 from lte_compile.cli.training_outcome import Trained, training_outcome
 from lte_compile.config import Stage, TransformConfig
 from lte_compile.data.tasks import LabelledTask, Task
-from lte_compile.evaluation.tasks import EncodedTask, TaskKind, without_labels
+from lte_compile.evaluation.tasks import EncodedTask, TaskKind
 from lte_compile.reports.results import write_atomically
 from lte_compile.routing.router import routers, set_stage
 from lte_compile.training.budgets import budgets_of
@@ -162,7 +162,7 @@ def _run(
     are_trained = any(router.score_quantiles for router in routers(model))
     if not any(routers(model)):
         with progress.working("transforming"):
-            activations = activations_for(model, settings.transform, _activation_batches(data, device))
+            activations = activations_for(model, settings.transform, data.held_out(ACTIVATION_BATCHES, device))
             transform(model, settings.transform, activations=activations)
     # Trained routers are where training goes on from; fitting would throw away what they learned.
     config = replace(settings.train, fit_router=settings.train.fit_router and not are_trained)
@@ -228,10 +228,6 @@ def finetune_steps_of(asked: int | None, path: Path, task: Task) -> int:
         return asked
     is_new = isinstance(task, LabelledTask) and not has_classifier(path, task.labels)
     return FINETUNE_STEPS_OF_A_NEW_HEAD if is_new else 0
-
-
-def _activation_batches(data: EncodedTask, device: torch.device) -> list[Batch]:
-    return list(without_labels(data.held_out(ACTIVATION_BATCHES, device)))
 
 
 def _check_output(settings: TrainSettings, source: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -216,9 +216,3 @@ _LOADERS: Mapping[TaskKind, Callable[[str], Task]] = {
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def without_labels(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """For models without a head for the labels."""
-    for batch in batches:
-        yield {name: value for name, value in batch.items() if name != "labels"}

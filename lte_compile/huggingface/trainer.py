@@ -15,6 +15,7 @@ from lte_compile.calibration.effects import fit_to
 from lte_compile.config import Stage
 from lte_compile.rewriting.layouts import set_layout
 from lte_compile.routing.router import require_routers, routers, set_stage
+from lte_compile.running.labels import without_labels
 from lte_compile.running.tracing import trace_routers
 from lte_compile.training.config import Gates, TrainConfig
 from lte_compile.training.loop import controller_of
@@ -69,9 +70,9 @@ class LteTrainer(Trainer):  # type: ignore[misc]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def fit_routers(self) -> None:
-        """Fit the routers to the held-out batches, if the configuration says so; labels are not looked at."""
+        """Fit the routers to the held-out batches, if the configuration says so. Of labels only decoders see any."""
         if self.lte.fit_router:
-            unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in self.held_out]
+            unlabelled = [without_labels(self.model, batch) for batch in self.held_out]
             fit_to(self.lte.fit_target, self.model, unlabelled, self.lte.target_density)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

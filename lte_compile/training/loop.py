@@ -174,7 +174,7 @@ def _start_together(run: _Run, checkpoint: Path | None) -> None:
     require_plain(run.model)
     if not run.processes.are_equal(crc32(checkpoint.name.encode()) if checkpoint else 0):
         raise ValueError(f"processes find different checkpoints in {run.directory}; it must be one that all share")
-    [batch] = peek_batches(run.batches, 1)
+    [batch] = peek_batches(run.model, run.batches, 1)
     content = b"".join(value.cpu().flatten().view(torch.uint8).numpy().tobytes() for value in batch.values())
     if not run.processes.are_equal(crc32(content)):
         raise ValueError("processes were given different batches; give all the same, each takes its share of every one")
@@ -222,7 +222,7 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
         model.train()
         return
     if fresh and phase.trains_routers and config.fit_router:
-        seen = peek_batches(run.batches, FIT_BATCHES, model)
+        seen = peek_batches(model, run.batches, FIT_BATCHES)
         fit_to(config.fit_target, model, seen, config.density_after(0.0))
     steered = config.is_steered and phase.selection is None and bool(run.held_out)
     if fresh and phase.stage is Stage.HARD and steered:
@@ -241,15 +241,14 @@ def controller_of(config: TrainConfig) -> DensityController:
     return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
 
 
-def peek_batches(batches: Batches, count: int, model: nn.Module | None = None) -> list[Batch]:
+def peek_batches(model: nn.Module, batches: Batches, count: int) -> list[Batch]:
     """The next batches, without moving on: `count`, or fewer that hold PEEKED_TOKENS together.
 
     Labels are left out, if the model does not read them (`without_labels`): routers are fitted to inputs.
     """
     position, seen, tokens = batches.state_dict(), list[Batch](), 0
     while len(seen) < count and tokens < PEEKED_TOKENS:
-        batch = batches.next_batch()
-        seen.append(without_labels(model, batch) if model else {k: v for k, v in batch.items() if k != "labels"})
+        seen.append(without_labels(model, batches.next_batch()))
         tokens += next(iter(seen[-1].values())).shape[:2].numel()
     batches.load_state_dict(position)
     return seen
