@@ -4,6 +4,7 @@
 
 The op runs through the table, told the density that the inputs meet. The dense layer is F.linear or torch.compile, with
 or without max-autotune, whichever is fastest for the number of tokens; it and the op take turns (benchmarks.replays).
+Their ratio is the median of those within rounds, because the GPU's clock moves by several percent between rounds.
 What the output holds of other workloads is kept.
 """
 
@@ -35,7 +36,7 @@ from benchmarks.decode import (
     write,
 )
 from benchmarks.prefill import add_autotune_option, baselines, draw
-from benchmarks.replays import Timing, capture, race
+from benchmarks.replays import Timing, capture, paired_ratio, race, rounds, timing
 from lte_compile.kernels.lowering import choose, describe, lower_sparse_ffn
 from lte_compile.kernels.sparse_ffn_reference import SparseFfnCall
 
@@ -69,11 +70,7 @@ class Point:
     baseline: str  # the fastest of the dense layers
     op: Timing
     dense: Timing
-
-    @property
-    def ratio(self) -> float:
-        """Time of the op over that of the faster dense layer."""
-        return self.op.us / self.dense.us
+    ratio: float  # time of the op over that of the fastest dense layer, median over rounds
 
 
 def row_of(
@@ -91,9 +88,10 @@ def row_of(
         met = measured_density(ready)
         ready = [layer._replace(density=met) for layer in ready]
         graphs = {"op": capture(lower_sparse_ffn, ready), "dense": dense_graphs[fastest]}
-        times = race(graphs, len(layers), repeats, redraw)
+        times = rounds(graphs, len(layers), repeats, redraw)
+        op, dense, ratio = timing(times["op"]), timing(times["dense"]), paired_ratio(times["op"], times["dense"])
         chosen = choose(describe(ready[0])).lowering.name
-        points.append(Point(work.name, len(ready[0].x_D), density, met, chosen, fastest, times["op"], times["dense"]))
+        points.append(Point(work.name, len(ready[0].x_D), density, met, chosen, fastest, op, dense, ratio))
     return points
 
 
@@ -147,14 +145,14 @@ def earlier_report(path: Path | None, names: list[str]) -> dict[str, Any]:
 def point_of(entry: dict[str, Any]) -> Point:
     """A point of a report."""
     timings = {name: Timing(**entry[name]) for name in ("op", "dense")}
-    return Point(**{key: value for key, value in (entry | timings).items() if key != "ratio"})
+    return Point(**(entry | timings))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--plot", type=Path, help="also draw the grid here, as PNG")
-    parser.add_argument("--repeats", type=int, default=9, help="graph replays a timing")
+    parser.add_argument("--repeats", type=int, default=25, help="graph replays a timing")
     add_autotune_option(parser)
     parser.add_argument("--workloads", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     options = parser.parse_args()
@@ -178,7 +176,7 @@ def main() -> int:
             )
             points += row
             console.print(line(row, time.perf_counter() - started))
-            report["points"] = [{**asdict(point), "ratio": point.ratio} for point in points]
+            report["points"] = [asdict(point) for point in points]
             if options.output is not None:  # each time: a run that is cut off keeps what it measured
                 write(options.output, report)
         console.print(table(work.name, [point for point in points if point.workload == work.name]))

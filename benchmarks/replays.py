@@ -48,6 +48,13 @@ def capture(run: Run, layers: Sequence[SparseFfnCall]) -> Captured:
 
 def race(graphs: Mapping[str, Captured], layers: int, repeats: int, redraw: Callable[[], None]) -> dict[str, Timing]:
     """Each graph once a round, after new inputs; graphs that read the same inputs may share them."""
+    return {name: timing(values) for name, values in rounds(graphs, layers, repeats, redraw).items()}
+
+
+def rounds(
+    graphs: Mapping[str, Captured], layers: int, repeats: int, redraw: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Microseconds a layer, of each graph in every round but the first ones."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for round_ in range(WARM_UP_ROUNDS + repeats):
@@ -59,7 +66,12 @@ def race(graphs: Mapping[str, Captured], layers: int, repeats: int, redraw: Call
             events[1].synchronize()
             if round_ >= WARM_UP_ROUNDS:
                 times[name].append(events[0].elapsed_time(events[1]) * 1e3 / layers)
-    return {name: timing(values) for name, values in times.items()}
+    return times
+
+
+def paired_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median over rounds of one graph's time over another's: what drifts from round to round is in both."""
+    return median(one / other for one, other in zip(times, others, strict=True))
 
 
 def timing(values: Sequence[float]) -> Timing:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -148,10 +148,17 @@ def _finish(exported: torch.onnx.ONNXProgram, opset: int, strip_prefix: str) -> 
     for node in model.graph.all_nodes():
         for key in _PRIVATE_METADATA:
             node.metadata_props.pop(key, None)
-    model.producer_name, model.producer_version = "lte_compile", version("lte-compile")
+    model.producer_name, model.producer_version = "lte_compile", _own_version()
     sites = {node.name: asdict(node) for node in map(describe, sparse_nodes(model))}
     model.metadata_props["lte_compile.sites"] = json.dumps(sites)
     return model
+
+
+def _own_version() -> str:
+    try:
+        return version("lte-compile")
+    except PackageNotFoundError:  # a source tree that was put on the path, not installed
+        return "unknown"
 
 
 def _data_path(path: Path) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ ROUTER_LANE, UP_LANE, CHUNK_LANE = 0, 1, 2
 FINISHED_BY_PRODUCTS = {"relu": False, "gelu_tanh": True}
 
 
+class RouterPlace(StrEnum):
+    """When the router's product runs."""
+
+    BEFORE_GATE = "before_gate"
+    BESIDE = "beside"  # on a stream of its own
+    BEHIND_UP = "behind_up"  # on up's stream, so that its programs come last
+
+
 @dataclass(frozen=True)
 class MaskConfig:
     """Elements (a power of two) and warps of a program of the kernel between the projections; how work is laid out."""
@@ -38,25 +47,25 @@ class MaskConfig:
     warps: int = 8
     from_end: bool = True  # that kernel starts with the last token
     in_gate: bool = False  # it leaves hidden values in gate's place, not in up's
-    router_beside: bool = True
+    router: RouterPlace = RouterPlace.BESIDE
     up_beside: bool = True
     parts: int | None = None  # of the router's sums, where its width can be cut; None: as `router_parts` says
     finishes: bool = False  # products compute hidden values where they can
     chunk: int | None = None  # tokens
 
 
-# By the first number of tokens. The fastest of 13 to 15 ways for 4096 x 11008 (one H100, docs/kernels.md).
+# By the first number of tokens. The fastest of 13 to 23 ways for 4096 x 11008 (one H100, docs/kernels.md).
 _FORWARD = MaskConfig(elements=1024, warps=4, from_end=False, in_gate=True)
-_CHUNKED = replace(_FORWARD, router_beside=False, up_beside=False, parts=2, chunk=1024)
+_CHUNKED = replace(_FORWARD, router=RouterPlace.BEFORE_GATE, up_beside=False, parts=2, chunk=1024)
 LARGE_LAYER = {
     8192: replace(_CHUNKED, parts=1),
     2048: _CHUNKED,
-    1024: replace(_FORWARD, router_beside=False, parts=2),
-    512: replace(_FORWARD, parts=4),
+    1024: replace(_FORWARD, from_end=True, parts=2),
+    512: replace(_FORWARD, router=RouterPlace.BEHIND_UP, parts=4),
 }
 LARGE_LAYER_BYTES = 100e6  # LLaMA-2-7B's layer has 270 MB, 1024 x 2816 17 MB
 # GPT-2's layer, and 1024 x 2816 with 2048 tokens: the fastest of 13 to 16 ways.
-PLAIN_LAYER = {512: MaskConfig(router_beside=False, up_beside=False, finishes=True)}
+PLAIN_LAYER = {512: MaskConfig(router=RouterPlace.BEFORE_GATE, up_beside=False, finishes=True)}
 GATED_LAYER = {8192: MaskConfig(), 2048: replace(_FORWARD, parts=2)}
 
 
@@ -130,11 +139,15 @@ def _run_chunk(
     logits_STE, up_TF, gate_TF = scratch.of(len(x_TD), parts, len(call.router_ED))
     with _lane(x_TD, UP_LANE, config.up_beside):
         _project(x_TD, weights.up_FD, weights.up_bias_F, up_TF, call.activation if finished else None)
-    with _lane(x_TD, ROUTER_LANE, config.router_beside):
-        router_product(router_x_TC, call.router_ED, logits_STE)
+        if config.router is RouterPlace.BEHIND_UP:
+            router_product(router_x_TC, call.router_ED, logits_STE)
+    router_beside = config.router is RouterPlace.BESIDE
+    if config.router is not RouterPlace.BEHIND_UP:
+        with _lane(x_TD, ROUTER_LANE, router_beside):
+            router_product(router_x_TC, call.router_ED, logits_STE)
     if weights.gate_FD is not None and gate_TF is not None:
         _project(x_TD, weights.gate_FD, weights.gate_bias_F, gate_TF)
-    for lane, is_beside in ((UP_LANE, config.up_beside), (ROUTER_LANE, config.router_beside)):
+    for lane, is_beside in ((UP_LANE, config.up_beside), (ROUTER_LANE, router_beside)):
         if is_beside:
             rejoin(x_TD, lane)
     hidden_TF = gate_TF if config.in_gate and gate_TF is not None else up_TF

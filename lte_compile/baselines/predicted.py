@@ -43,14 +43,19 @@ def routed_by(model: nn.Module, make: MakeRouter[R]) -> tuple[R, ...]:
 
 def dense_with_experts(bench: Workbench, config: TransformConfig) -> nn.Module:
     """A copy of the dense model with routers that keep a share."""
-    model, config = bench.dense_copy(), replace(config, selection=RULE, router=RouterKind.LINEAR)
+    model, config = bench.dense_copy(), with_linear_routers(config)
     transform(model, config, bench.example, activations=bench.activations(model, config))
     return model
 
 
 def start_with_experts(bench: Workbench, config: TransformConfig) -> nn.Module:
     """The same of the start, to be trained."""
-    return bench.transformed(replace(config, selection=RULE, router=RouterKind.LINEAR))
+    return bench.transformed(with_linear_routers(config))
+
+
+def with_linear_routers(config: TransformConfig) -> TransformConfig:
+    """Whatever LTE's are like, these are linear, and keep a share."""
+    return replace(config, selection=RULE, router=RouterKind.LINEAR, router_rank=None)
 
 
 @contextmanager

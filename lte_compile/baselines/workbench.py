@@ -85,7 +85,7 @@ class Workbench:
     on_step: OnStep = lambda event: None
     dense_learning_rate: float | None = None
     dense_distillation: float = 0.0
-    teacher: Teacher = Teacher.START
+    teacher: Teacher = Teacher.DENSE
     keep: Callable[[nn.Module, str], None] = lambda model, name: None
     _tokens: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary, init=False)
     _grouped: dict[TransformConfig, Mapping[str, Tensor]] = field(default_factory=dict, init=False)

@@ -214,7 +214,7 @@ def compare(
     ] = 0.0,
     teacher: Annotated[
         Teacher, typer.Option(help="Of distillation: what all start from, or the dense model trained as long as they.")
-    ] = Teacher.START,
+    ] = Teacher.DENSE,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave LTE's models in OUT/models.")] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="End when all points are there, or when none is left to begin.")

@@ -73,7 +73,7 @@ class CompareSettings:
     dense_learning_rate: float | None
     finetune_learning_rate: float | None = None
     dense_distillation: float = 0.0
-    teacher: Teacher = Teacher.START
+    teacher: Teacher = Teacher.DENSE
     keep_models: bool
     device: str
     wait: bool = True

@@ -70,7 +70,7 @@ def test_settings_that_did_not_exist_yet_had_their_defaults(out: Path, bert: Pat
     for newer in ("budget_range", "budget_draw", "teacher", "fit_target"):
         del recorded[newer]
     (out / "settings.json").write_text(json.dumps(recorded))
-    given = ("compare", bert, "--out", out, "--task", labelled, "--methods", "kla", *BERT)
+    given = ("compare", bert, "--out", out, "--task", labelled, "--methods", "kla", *BERT, "--teacher", "start")
     assert run(*given).exit_code == 0
     result = run(*given, "--budget-range", 0.2, 0.6)
     assert result.exit_code == 2
@@ -91,7 +91,8 @@ def test_levers_of_an_encoders_recipe(tmp_path: Path, bert: Path, labelled: Path
 
 def test_a_language_model_is_compared(tmp_path: Path, llama: Path, prose: Path, run_json: RunJson) -> None:
     grid = ("--task", prose, "--densities", "0.5", "--methods", "noisy-topk,moefication,deja-vu,cats,ffn-free")
-    document = run_json("compare", llama, "--out", tmp_path, *grid, *LLAMA, "--grouping", "coactivation")
+    routers = ("--router", "two-layer", "--router-rank", 4)  # LTE's; the others have their own
+    document = run_json("compare", llama, "--out", tmp_path, *grid, *LLAMA, "--grouping", "coactivation", *routers)
     assert document["metric"] == "perplexity"
     rows = {row["method"]: row for row in document["rows"]}
     for name in ("noisy-topk", "moefication", "deja-vu"):

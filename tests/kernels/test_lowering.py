@@ -45,7 +45,7 @@ LLAMA = ON_CUDA._replace(dtype=torch.bfloat16, width=4096, neurons=11008, expert
         (2, None, "triton-batch"),
         (16, None, "triton-batch"),
         (16, 0.1, "triton-batch"),
-        (16, 1.0, "masked-dense"),
+        (16, 1.0, "triton-batch"),
         (MAX_BATCH_TOKENS, None, "masked-dense"),
         (MAX_BATCH_TOKENS, 0.5, "masked-dense"),
         (MAX_BATCH_TOKENS, 0.02, "triton-batch"),
