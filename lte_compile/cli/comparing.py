@@ -34,7 +34,7 @@ from lte_compile.comparison.plot import density_plot, tradeoff_plot
 from lte_compile.comparison.run import Point, PointResult, points_of, read_points, run_points
 from lte_compile.comparison.table import comparison_rows, markdown, render_comparison
 from lte_compile.config import TransformConfig
-from lte_compile.data.batches import TextBatches
+from lte_compile.data.batches import Example, TextBatches
 from lte_compile.data.tasks import Task
 from lte_compile.evaluation.quality import Evaluation
 from lte_compile.evaluation.tasks import EncodedTask
@@ -74,6 +74,7 @@ class CompareSettings:
     finetune_learning_rate: float | None = None
     dense_distillation: float = 0.0
     teacher: Teacher = Teacher.DENSE
+    first_seed: int = 0
     keep_models: bool
     device: str
     wait: bool = True
@@ -115,23 +116,34 @@ def compare_methods(settings: CompareSettings) -> Outcome:
         opened = prepare(settings, device, progress)
         data, test = opened.data, opened.data.test_examples()
 
-        def judge(model: nn.Module) -> tuple[float, Evaluation]:
-            measured = data.evaluate(model, test)
-            return data.quality(measured), measured
+        def judge_on(examples: Sequence[Example]) -> Callable[[nn.Module], tuple[float, Evaluation]]:
+            def judge(model: nn.Module) -> tuple[float, Evaluation]:
+                measured = data.evaluate(model, examples)
+                return data.quality(measured), measured
 
-        directory = settings.out / POINTS
+            return judge
+
         run_points(
-            points, directory, lambda seed: open_workbench(opened, seed), judge, progress.say, wait=settings.wait
+            points,
+            settings.out / POINTS,
+            lambda seed: open_workbench(opened, seed),
+            judge_on(test),
+            progress.say,
+            validate=judge_on(data.valid_examples()),
+            wait=settings.wait,
         )
-    return _report(settings, data, len(test), read_points(directory))
+    return _report(settings, data, len(test), read_points(settings.out / POINTS))
 
 
 def _points(settings: CompareSettings) -> tuple[Point, ...]:
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}")
+    if settings.first_seed < 0:
+        raise ValueError(f"--first-seed must be 0 or more; got {settings.first_seed}")
     all_names = ("lte", *sorted(METHODS, key=lambda name: METHODS[name].needs is not Needs.TRAINING))
     names = all_names if tuple(settings.methods) == ("all",) else settings.methods
-    return points_of(names, settings.densities, range(settings.seeds))
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    return points_of(names, settings.densities, seeds)
 
 
 def prepare(settings: CompareSettings, device: torch.device, progress: TrainingProgress) -> Opened:

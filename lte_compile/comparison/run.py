@@ -49,6 +49,7 @@ class PointResult:
         weight_share, weight_bytes_per_token, flops_per_token: see lte_compile.evaluation.meter.SelectionReport.
         training_tokens: that the model was trained on after the common start.
         selection: the whole SelectionReport; None for a model without FFNs.
+        valid_quality, valid_density: on the validation split, to choose recipes by; None where it was not measured.
     """
 
     method: str
@@ -63,6 +64,8 @@ class PointResult:
     training_tokens: int
     seconds: float
     selection: Mapping[str, Any] | None
+    valid_quality: float | None = None
+    valid_density: float | None = None
 
 
 def points_of(methods: Sequence[str], densities: Sequence[float], seeds: Sequence[int]) -> tuple[Point, ...]:
@@ -94,6 +97,7 @@ def run_points(
     judge: Judge,
     say: Callable[[str], None] = lambda text: None,
     *,
+    validate: Judge | None = None,
     wait: bool = True,
 ) -> tuple[PointResult, ...]:
     """Run what has no file in `directory` yet, in the order given; returns the results of all points that have one.
@@ -101,12 +105,13 @@ def run_points(
     Args:
         open_bench: makes a seed's workbench; called for seeds with something to do.
         say: takes a line about each point.
+        validate: measures on the validation split what `judge` measures on the test split.
         wait: for points that other processes are running.
 
     Raises:
         FloatingPointError: points whose training gave no finite loss; every other point was run before.
     """
-    run = _Run(directory / CLAIMS, directory, open_bench, judge, say)
+    run = _Run(directory / CLAIMS, directory, open_bench, judge, say, validate)
     missing = [point for point in points if not run.path(point).exists()]
     if done := len(points) - len(missing):
         say(f"{done} of {len(points)} points are there already")
@@ -152,6 +157,7 @@ class _Run:
     open_bench: Callable[[int], Workbench]
     judge: Judge
     say: Callable[[str], None]
+    validate: Judge | None = None
     benches: dict[int, Workbench] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
@@ -188,7 +194,7 @@ class _Run:
         for point in piece.points:
             if self.path(point).exists():
                 continue
-            result = _run_point(point, at, bench, self.judge, start)
+            result = _run_point(point, at, bench, self.judge, self.validate, start)
             write_atomically(self.path(point), json.dumps(asdict(result), indent=1).encode())
             what = f"{piece.method.title} at {point.target:g}, seed {point.seed}"
             self.say(f"{what}: {result.quality:.4g} at {result.density:.3f}")
@@ -205,10 +211,13 @@ class _Run:
         return self.claims / f"{piece.name}.failed"
 
 
-def _run_point(point: Point, at: AtDensity, bench: Workbench, judge: Judge, start: float) -> PointResult:
+def _run_point(
+    point: Point, at: AtDensity, bench: Workbench, judge: Judge, validate: Judge | None, start: float
+) -> PointResult:
     with at(point.target) as model:
         quality, measured = judge(model)
         chosen = measured.selection
+        valid_quality, valid = validate(model) if validate else (None, None)
         return PointResult(
             method=point.method,
             target=point.target,
@@ -222,6 +231,8 @@ def _run_point(point: Point, at: AtDensity, bench: Workbench, judge: Judge, star
             training_tokens=bench.tokens_of(model),
             seconds=round(time.perf_counter() - start, 1),
             selection=asdict(chosen) if chosen else None,
+            valid_quality=valid_quality,
+            valid_density=None if valid is None else valid.density if valid.selection else 0.0,
         )
 
 
@@ -236,6 +247,7 @@ def read_point(path: Path) -> PointResult:
     """A result as it was written. Raises ValueError for a file of something else."""
     record = json.loads(path.read_text(encoding="utf-8"))
     known = {field.name for field in fields(PointResult)}
-    if set(record) != known:
-        raise ValueError(f"{path} is no result of a comparison: fields {sorted(set(record) ^ known)} differ; delete it")
+    newer = {field.name for field in fields(PointResult) if field.default is None}  # results from before lack them
+    if differing := (set(record) ^ known) - (newer - set(record)):
+        raise ValueError(f"{path} is no result of a comparison: fields {sorted(differing)} differ; delete it")
     return PointResult(**record)

@@ -144,7 +144,13 @@ class EncodedTask:
 
     def test_examples(self) -> tuple[Example, ...]:
         """The test split, or its beginning; of prose as many windows, from all over it."""
-        examples = self._encode(self.task.test)
+        return self._limited(self._encode(self.task.test))
+
+    def valid_examples(self) -> tuple[Example, ...]:
+        """The validation split, limited like the test split."""
+        return self._limited(self._encode(self.task.valid))
+
+    def _limited(self, examples: tuple[Example, ...]) -> tuple[Example, ...]:
         return self._some(examples, self.size.test_examples) if self.size.test_examples else examples
 
     def test_batches(self, examples: Sequence[Example]) -> Iterator[Batch]:

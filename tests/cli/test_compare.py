@@ -77,6 +77,28 @@ def test_settings_that_did_not_exist_yet_had_their_defaults(out: Path, bert: Pat
     assert "holds another comparison (budget_range was None, now [0.2, 0.6])" in result.stderr
 
 
+def test_points_say_how_they_validate(out: Path, bert: Path, labelled: Path, run: Run) -> None:
+    [written, *_] = sorted((out / "points").glob("lte-*.json"))
+    point = read_point(written)
+    assert 0.0 <= point.valid_quality <= 1.0  # type: ignore[operator]
+    assert point.valid_density == pytest.approx(point.target, abs=0.1)  # thresholds are placed there; few, short texts
+    record = json.loads(written.read_text())
+    del record["valid_quality"], record["valid_density"]
+    older = out / "older.json"
+    older.write_text(json.dumps(record))
+    assert read_point(older).valid_quality is None
+    older.write_text(json.dumps(record | {"colour": 1}))
+    with pytest.raises(ValueError, match="is no result of a comparison: fields \\['colour'\\] differ"):
+        read_point(older)
+    older.unlink()
+
+
+def test_seeds_may_begin_elsewhere(tmp_path: Path, bert: Path, labelled: Path, run_json: RunJson) -> None:
+    grid = ("--task", labelled, "--methods", "ffn-free", *BERT, "--seeds", 1, "--first-seed", 2)
+    document = run_json("compare", bert, "--out", tmp_path, *grid)
+    assert [point["seed"] for point in document["points"]] == [2]
+
+
 def test_levers_of_an_encoders_recipe(tmp_path: Path, bert: Path, labelled: Path, run_json: RunJson) -> None:
     recipe = ("--distillation", 0.9, "--temperature", 2, "--teacher", "dense", "--fit-target", "effect", "--dropout", 0)
     steering = ("--hold-density", "--eta", 0.1, "--start-density", 0.8, "--anneal", 0.5, "--measure-every", 2)
