@@ -152,15 +152,18 @@ def place_thresholds(
 
 
 @torch.no_grad()
-def logit_shift(model: nn.Module, batches: Iterable[Batch], density: float) -> tuple[float, float]:
-    """What all routers' logits have to be lowered by for `density` of the neurons to be active; and the density now.
+def logit_shifts(
+    model: nn.Module, batches: Iterable[Batch], densities: Sequence[float]
+) -> tuple[tuple[float, ...], float]:
+    """What all routers' logits have to be lowered by for each density of active neurons; and the density now.
 
-    One number for all: layers keep the shares they learned. For routers that share one threshold, as in training.
+    One number for all routers: layers keep the shares they learned. For routers that share one threshold.
     """
     calibrate(model, batches)
     budget = _Budget(require_routers(model), 0.0, 1.0)
     threshold = budget.routers[0].threshold
-    return logit_of(budget.threshold_for(density)) - logit_of(threshold), budget.density_at(threshold)
+    shifts = tuple(logit_of(budget.threshold_for(density)) - logit_of(threshold) for density in densities)
+    return shifts, budget.density_at(threshold)
 
 
 def set_density(model: nn.Module, density: float, *, floor: float = 0.0, ceiling: float = 1.0) -> float:

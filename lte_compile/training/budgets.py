@@ -1,7 +1,9 @@
 """Training one model for many budgets: every row of a batch runs at a density of its own, drawn from a range.
 
 A row's density is set by lowering the logits of all routers by one number. Which number gives which density is measured
-on held-out batches for a few densities of the range, and interpolated in between.
+on held-out batches for a few densities of the range, and interpolated in between. What scores are like where nothing is
+lowered says it for all densities at once; layers whose inputs change with the number make it a little wrong, and by how
+much is measured for one density at a time.
 
 Shapes: B rows of a batch.
 """
@@ -13,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +29,28 @@ NUM_NODES = 5
 
 @dataclass
 class Budgets:
-    """Draws densities in [low, high], and knows the shift of the logits for each."""
+    """Draws densities in [low, high], and knows the shift of the logits for each.
+
+    Args:
+        seen: the shifts of `nodes` by the scores of unshifted logits.
+        corrections: how much more it takes once a shift is in force.
+    """
 
     low: float
     high: float
     target: float
     draw: BudgetDraw = BudgetDraw.UNIFORM
-    shifts: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
+    seen: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
+    corrections: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
+
+    @property
+    def shifts(self) -> tuple[float, ...]:
+        """What logits are lowered by for the densities of `nodes`."""
+        return tuple(map(add, self.seen, self.corrections))
 
     @property
     def nodes(self) -> tuple[float, ...]:
-        """The densities that `shifts` belong to."""
+        """The densities whose shifts are measured."""
         return tuple(self.low + (self.high - self.low) * k / (NUM_NODES - 1) for k in range(NUM_NODES))
 
     def densities(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> tuple[float, ...]:
@@ -58,10 +72,10 @@ class Budgets:
 
     def shift_for(self, density: float) -> float:
         """Linear between the nodes."""
-        nodes = self.nodes
+        nodes, shifts = self.nodes, self.shifts
         right = min(max(bisect_left(nodes, density), 1), NUM_NODES - 1)
         share = (density - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
-        return self.shifts[right - 1] + share * (self.shifts[right] - self.shifts[right - 1])
+        return shifts[right - 1] + share * (shifts[right] - shifts[right - 1])
 
     def _at_level(self, level: float) -> float:
         """The density below which this share of the draws lies."""

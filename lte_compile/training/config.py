@@ -65,7 +65,9 @@ class TrainConfig:
             density that falls: rows run at high ones first (progressive shrinking, Cai et al. 2020).
         dropout: of all dropout layers while routers or a teacher's pupils train; None leaves what the model has.
         budget_range: the lowest and the highest density to train at: every row of a batch runs at one of its own, so
-            that `lte_compile.set_density` can move the model over the range; None trains at the target alone.
+            that `lte_compile.set_density` can move the model over the range; None trains at the target alone. The
+            target's density is then held, and `eta` is 0 if it is not given: rows have their densities anyway, and a
+            price that swings moves them all (docs/training.md).
         budget_draw: how rows' densities are drawn from that range.
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
         temperature: both are softened by it before.
@@ -140,7 +142,6 @@ class TrainConfig:
         object.__setattr__(self, "budget_range", tuple(self.budget_range))
         is_range = len(self.budget_range) == 2 and 0.0 < self.budget_range[0] < self.budget_range[1] < 1.0
         _require(is_range, "budget_range must be two densities between 0 and 1, the lower first", self.budget_range)
-        _require(self.is_steered, "budget_range goes with a steered density, so without a fixed eta alone", self.eta)
 
     @property
     def records_steps(self) -> bool:
@@ -149,7 +150,17 @@ class TrainConfig:
     @property
     def is_steered(self) -> bool:
         """Whether the target density is reached, whatever the weight of the efficiency loss."""
-        return self.eta is None or self.hold_density
+        return self.eta is None or self.holds
+
+    @property
+    def holds(self) -> bool:
+        """Whether biases hold the density at every measurement."""
+        return self.hold_density or self.budget_range is not None
+
+    @property
+    def price(self) -> float | None:
+        """The weight of the efficiency loss, where it is fixed."""
+        return 0.0 if self.eta is None and self.budget_range is not None else self.eta
 
     def density_after(self, share: float) -> float:
         """The density wanted after a share of stage 1."""

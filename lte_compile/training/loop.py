@@ -238,7 +238,7 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
 
 def controller_of(config: TrainConfig) -> DensityController:
     """What sets eta: the density, or the configuration once and for all."""
-    return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
+    return DensityController(target=config.target_density, eta=config.price or 0.0, is_fixed=config.price is not None)
 
 
 def peek_batches(model: nn.Module, batches: Batches, count: int) -> list[Batch]:
@@ -373,10 +373,7 @@ def _report(run: _Run, phase: Phase, model: nn.Module, step: int, total: Tensor)
     if _measures(run, phase, step):
         if phase.trains_routers:
             run.controller.target = run.config.density_after((step + 1) / phase.steps)
-        holds = phase.trains_routers and run.config.hold_density
-        density = run.steering.hold(model, run.controller.target) if holds else run.steering.density(model)
-        if run.budgets and run.draws_budgets(phase):
-            run.steering.follow(model, run.budgets, (step + 1) // _interval(run, phase))
+        density = _measure(run, phase, model, step)
         run.controller.latest = density
         if phase.trains_routers:
             run.controller.measure(density)
@@ -390,6 +387,14 @@ def _report(run: _Run, phase: Phase, model: nn.Module, step: int, total: Tensor)
     )
     run.events.append(event)
     run.on_step(event)
+
+
+def _measure(run: _Run, phase: Phase, model: nn.Module, step: int) -> float:
+    """The held-out density; then it is held, and rows' shifts follow, where that was asked for."""
+    held = run.controller.target if phase.trains_routers and run.config.holds else None
+    if run.budgets and run.draws_budgets(phase):
+        return run.steering.follow(model, run.budgets, (step + 1) // _interval(run, phase), target=held)
+    return run.steering.density(model) if held is None else run.steering.hold(model, held)
 
 
 def _measures(run: _Run, phase: Phase, step: int) -> bool:
@@ -410,7 +415,7 @@ def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "batches": dict(run.batches.state_dict()),
         "controller": run.controller.state_dict(),
-        "budget_shifts": run.budgets.shifts if run.budgets else [],
+        "budgets": [run.budgets.seen, run.budgets.corrections] if run.budgets else [],
         "thresholds": [router.threshold for router in routers(run.model)],
         "quantiles": [router.score_quantiles for router in routers(run.model)],
         "events": [asdict(event) for event in run.events],
@@ -424,8 +429,8 @@ def _resume(run: _Run, checkpoint: Path) -> tuple[int, int]:
     load_weights(checkpoint, run.model)
     run.batches.load_state_dict(progress["batches"])
     run.controller.load_state_dict(progress["controller"])
-    if run.budgets and progress.get("budget_shifts"):
-        run.budgets.shifts[:] = progress["budget_shifts"]
+    if run.budgets and progress.get("budgets"):
+        run.budgets.seen[:], run.budgets.corrections[:] = progress["budgets"]
     for router, threshold, quantiles in zip(
         routers(run.model), progress["thresholds"], progress["quantiles"], strict=True
     ):

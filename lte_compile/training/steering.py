@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lte_compile.calibration.density import evaluate_routers, logit_shift
+from lte_compile.calibration.density import evaluate_routers, logit_shifts
 from lte_compile.routing.router import routers
 from lte_compile.training.budgets import NUM_NODES, Budgets, lower_logits, lowering_ends
 from lte_compile.training.distributed import Processes
@@ -50,32 +50,46 @@ class HeldOut:
 
         Not by thresholds: scores would wander off to where the sigmoid passes no gradient.
         """
-        shift, density = self._shift(model, target)
-        for router in routers(model):
-            if router.bias is not None:
-                router.bias.sub_(shift)
-            router.score_quantiles = ()  # of before the shift
+        [shift], density = self._shifts(model, [target])
+        _lower_biases(model, shift)
         return density
 
     @torch.no_grad()
-    def follow(self, model: nn.Module, budgets: Budgets, number: int) -> None:
-        """Measure anew by how much logits have to be lowered for one of the budgets' densities, one after another."""
+    def follow(self, model: nn.Module, budgets: Budgets, number: int, *, target: float | None = None) -> float:
+        """Measure anew by how much logits have to be lowered for the budgets' densities.
+
+        All by the scores as they are, and of one of them, another each time, what that misses.
+
+        Args:
+            target: the density to hold, as `hold` does; None holds none.
+
+        Returns:
+            the density before.
+        """
+        (held, *seen), density = self._shifts(model, [target or budgets.target, *budgets.nodes])
+        if target is not None and all(router.bias is not None for router in routers(model)):
+            _lower_biases(model, held)
+            seen = [shift - held for shift in seen]
+        budgets.seen[:] = seen
         node = number % NUM_NODES
         device = next(model.parameters()).device
         with lowering_ends(model):
             lower_logits(model, torch.tensor([budgets.shifts[node]], device=device))
-            shift, _ = self._shift(model, budgets.nodes[node])
-        budgets.shifts[node] += shift
-        widest = max(abs(shift) for shift in budgets.shifts)
-        if widest > MOST_SHIFT:
-            self._draw_together(model, budgets, MOST_SHIFT / widest)
+            [missed], _ = self._shifts(model, [budgets.nodes[node]])
+        budgets.corrections[node] += missed
+        self._keep_together(model, budgets)
+        return density
 
-    @torch.no_grad()
-    def _draw_together(self, model: nn.Module, budgets: Budgets, factor: float) -> None:
-        """Scale logits and what they are lowered by alike: every row keeps its experts."""
+    def _keep_together(self, model: nn.Module, budgets: Budgets) -> None:
+        """Scale logits and what they are lowered by alike, where they have spread: every row keeps its experts."""
+        widest = max(abs(shift) for shift in budgets.shifts)
+        if widest <= MOST_SHIFT:
+            return
+        factor = MOST_SHIFT / widest
         for router in routers(model):
             router.scale_logits(factor)
-        budgets.shifts[:] = [factor * shift for shift in budgets.shifts]
+        budgets.seen[:] = [factor * shift for shift in budgets.seen]
+        budgets.corrections[:] = [factor * shift for shift in budgets.corrections]
 
     def follow_all(self, model: nn.Module, budgets: Budgets) -> None:
         """All of them, before the first step."""
@@ -83,12 +97,20 @@ class HeldOut:
             for node in range(NUM_NODES):
                 self.follow(model, budgets, node)
 
-    def _shift(self, model: nn.Module, density: float) -> tuple[float, float]:
-        """See `logit_shift`; the same in all processes."""
+    def _shifts(self, model: nn.Module, densities: Sequence[float]) -> tuple[list[float], float]:
+        """See `logit_shifts`; the same in all processes."""
         with self._autocast(model):
-            measured = torch.tensor(logit_shift(model, self.batches, density), dtype=torch.float64)
-        shift, now = (self.processes.total(measured) / self.processes.size).tolist()
-        return shift, now
+            shifts, density = logit_shifts(model, self.batches, densities)
+        measured = torch.tensor([*shifts, density], dtype=torch.float64)
+        *shifts_of_all, now = (self.processes.total(measured) / self.processes.size).tolist()
+        return shifts_of_all, now
 
     def _autocast(self, model: nn.Module) -> torch.autocast:
         return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self.autocast)
+
+
+def _lower_biases(model: nn.Module, shift: float) -> None:
+    for router in routers(model):
+        if router.bias is not None:
+            router.bias.sub_(shift)
+        router.score_quantiles = ()  # of before the shift
