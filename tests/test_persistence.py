@@ -23,7 +23,7 @@ from lte_compile.kernels.layout import is_neuron_major
 from lte_compile.rewriting.plan import parse_plan, plan_of
 from lte_compile.routing.router import require_routers, routers, set_stage
 from lte_compile.transform import transform
-from tests.routed import routed, routed_stack, stack, tokens
+from tests.routed import assert_same_outputs, routed, routed_stack, stack, tokens
 
 FAMILIES = ("llama", "gpt2", "bert", "opt", "t5", "phi3", "vit", "albert")
 GENERATORS = ("llama", "gpt2", "opt", "t5", "phi3")
@@ -59,7 +59,7 @@ def test_from_pretrained_restores_the_sparse_model(name: str, saved: Path) -> No
     model, inputs = hard(name)
     loaded = type(model).from_pretrained(saved / name)  # type: ignore[attr-defined]
     assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert_same_outputs(logits(loaded, inputs), logits(model, inputs))
     assert not torch.equal(logits(model, inputs), logits(set_stage(deepcopy(model), "dense"), inputs))
     assert plan_of(loaded) == plan_of(model)
 
@@ -117,7 +117,7 @@ def test_transformers_own_save_pretrained_writes_the_plan_of_now(tmp_path: Path)
     assert {router.stage for router in routers(load_pretrained(tmp_path / "dense"))} == {Stage.DENSE}
     loaded = load_pretrained(tmp_path / "hard")
     assert {(router.stage, router.threshold) for router in routers(loaded)} == {(Stage.HARD, 0.45)}
-    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert_same_outputs(logits(loaded, inputs), logits(model, inputs))
 
 
 def test_a_copied_model_describes_itself() -> None:
@@ -135,7 +135,7 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="200KB")  # type: ignore[operator]
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert torch.equal(logits(load_pretrained(tmp_path), inputs), logits(model, inputs))
+    assert_same_outputs(logits(load_pretrained(tmp_path), inputs), logits(model, inputs))
     shards[1].unlink()
     with pytest.raises(ValueError, match=f"lacks {shards[1].name}"):
         load_pretrained(tmp_path)
@@ -146,7 +146,7 @@ def test_dtypes(tmp_path: Path) -> None:
     save_pretrained(model.to(torch.bfloat16), tmp_path)
     loaded = load_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert_same_outputs(logits(loaded, inputs), logits(model, inputs))
     wider = load_pretrained(tmp_path, dtype=torch.float32, device="cpu")
     assert {parameter.dtype for parameter in wider.parameters()} == {torch.float32}
     assert torch.equal(logits(wider, inputs), logits(model.float(), inputs))
@@ -156,7 +156,7 @@ def test_dtypes(tmp_path: Path) -> None:
 def test_device_maps(device_map: str, saved: Path) -> None:
     model, inputs = hard("llama")
     loaded = tf.AutoModelForCausalLM.from_pretrained(saved / "llama", device_map=device_map)
-    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert_same_outputs(logits(loaded, inputs), logits(model, inputs))
 
 
 @pytest.mark.parametrize("name, layouts", [("llama", "down_proj"), ("gpt2", "c_fc"), ("bert", "output.dense")])
@@ -179,7 +179,7 @@ def test_headless_model_from_a_checkpoint_with_head(saved: Path) -> None:
     with torch.no_grad():
         expected = model.bert(**inputs).last_hidden_state  # type: ignore[operator]
         result = loaded(**inputs).last_hidden_state
-    assert torch.equal(result, expected)
+    assert_same_outputs(result, expected)
 
 
 def test_encoder_from_an_encoder_decoder(saved: Path) -> None:
@@ -188,7 +188,7 @@ def test_encoder_from_an_encoder_decoder(saved: Path) -> None:
     del inputs["decoder_input_ids"]
     with torch.no_grad():
         expected = model.encoder(**inputs).last_hidden_state  # type: ignore[operator]
-        assert torch.equal(loaded(**inputs).last_hidden_state, expected)
+        assert_same_outputs(loaded(**inputs).last_hidden_state, expected)
 
 
 def test_loaded_models_train_and_cast(saved: Path) -> None:
@@ -234,7 +234,7 @@ def test_plain_modules(build: Callable[[], nn.Module], x: Tensor, tmp_path: Path
     save_pretrained(model, tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", PLAN_FILE}
     loaded = load_pretrained(tmp_path / "model", model=build())
-    assert torch.equal(loaded(x), model(x))
+    assert_same_outputs(loaded(x), model(x))
     assert plan_of(loaded) == plan_of(model)
     with pytest.raises(ValueError, match="pass model="):
         load_pretrained(tmp_path / "model")
@@ -254,7 +254,7 @@ def test_a_transformed_part_is_saved_with_the_whole(tmp_path: Path) -> None:
     whole = Tied()
     transform(whole.blocks, TransformConfig(expert_size=8), tokens(3))
     save_pretrained(set_stage(whole, "hard"), tmp_path)
-    assert torch.equal(load_pretrained(tmp_path, model=Tied())(x), whole(x))
+    assert_same_outputs(load_pretrained(tmp_path, model=Tied())(x), whole(x))
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_saving_over_a_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in target.iterdir()} == {
         *("config.json", "model.safetensors", "notes.txt", "chat_templates"),
     }
-    assert torch.equal(logits(load_pretrained(target), inputs), logits(model, inputs))
+    assert_same_outputs(logits(load_pretrained(target), inputs), logits(model, inputs))
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:
