@@ -72,8 +72,8 @@ def tokens(*shape: int, width: int = 16, dtype: torch.dtype = torch.float64, see
 def assert_same_outputs(found: Tensor, expected: Tensor) -> None:
     """Of one model before and after saving.
 
-    Weights come back neuron-major, and products on some processors (an AMD EPYC, not Xeons) sum another layout in another
-    order: last bits differ. Room for 64 of them, of the largest value.
+    Weights come back neuron-major, and products on some processors (an AMD EPYC, not Xeons) sum another layout in an
+    order of its own: last bits differ. Room for 64 of them, of the largest value.
     """
     room = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0.0, atol=room)
