@@ -57,6 +57,7 @@ class CompareSettings:
         dense_learning_rate: None is everybody's.
         dense_distillation: of the dense model, from the fine-tuned one.
         teacher: whose outputs distillation has as targets.
+        first_seed: the first of `seeds` that follow each other.
         keep_models: leave LTE's models in OUT/models.
         wait: for points that other processes are running.
     """

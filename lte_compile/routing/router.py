@@ -54,7 +54,7 @@ class Router(nn.Module):
         self._score_quantiles: tuple[float, ...] = ()
         self.threshold = config.threshold
         self.sink: ScoreSink | None = None
-        self.shift_B: Tensor | None = None  # see lte_compile.budgets
+        self.shift_B: Tensor | None = None  # see lte_compile.training.budgets
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Gates of shape [T, E] for inputs [T, D] (any leading dimensions)."""

@@ -54,7 +54,7 @@ class LossWeights:
 class MicroBatch:
     """A slice of a batch, and its share of the batch's labels, tokens and rows: weights that add up to 1.
 
-    `is_full`: its attention mask, if it has one, masks nothing. `shift_B`: see lte_compile.budgets.
+    `is_full`: its attention mask, if it has one, masks nothing. `shift_B`: see lte_compile.training.budgets.
     """
 
     inputs: dict[str, Tensor]
