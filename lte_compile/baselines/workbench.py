@@ -70,6 +70,7 @@ class Workbench:
         example: keyword arguments to trace the model with; transformers models need none.
         dense_learning_rate: of the dense model, where another rate than everybody's suits it better.
         dense_distillation: the dense model's, from the start.
+        dense_steps: of the dense model, where it is not trained for as long as the others.
         teacher: of distillation, the start or the dense model.
         keep: takes a trained LTE model, ready to run, and its name.
     """
@@ -85,6 +86,7 @@ class Workbench:
     on_step: OnStep = lambda event: None
     dense_learning_rate: float | None = None
     dense_distillation: float = 0.0
+    dense_steps: int | None = None
     teacher: Teacher = Teacher.DENSE
     keep: Callable[[nn.Module, str], None] = lambda model, name: None
     _tokens: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary, init=False)
@@ -97,12 +99,12 @@ class Workbench:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The start trained on, densely, for all steps: what methods without training of their own are applied to.
+        """The start trained on, densely, for `steps` or `dense_steps`: what methods without training are applied to.
 
         On the labels alone, if no `dense_distillation` is given: where text is plenty the start as its teacher would
         only hold it back. With the model's own dropout.
         """
-        model, phase = self.start_copy(), Phase(name="dense", steps=self.steps)
+        model, phase = self.start_copy(), Phase(name="dense", steps=self.dense_steps or self.steps)
         alone: dict[str, Any] = {"distillation": self.dense_distillation, "layer_distillation": 0.0, "dropout": None}
         rate = self.dense_learning_rate or self.config.learning_rate
         with self.alone("dense"):

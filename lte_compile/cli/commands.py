@@ -213,6 +213,7 @@ def compare(
     dense_distillation: Annotated[
         float, typer.Option(help="Weight of the fine-tuned model's outputs as targets of the dense model, 0 to 1.")
     ] = 0.0,
+    dense_steps: Annotated[int | None, typer.Option(help="Of the dense model.", show_default="everybody's")] = None,
     teacher: Annotated[
         Teacher, typer.Option(help="Of distillation: what all start from, or the dense model trained as long as they.")
     ] = Teacher.DENSE,

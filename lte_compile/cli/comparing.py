@@ -45,6 +45,8 @@ from lte_compile.training.loop import train
 from lte_compile.training.progress import TrainingProgress
 
 SETTINGS_FILE, POINTS, CHECKPOINTS, MODELS = "settings.json", "points", "checkpoints", "models"
+# What comparisons did before there was a choice, and their settings do not say.
+_SETTINGS_BEFORE = {"teacher": Teacher.START.value, "dense_distillation": 0.0, "dense_steps": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class CompareSettings:
     Args:
         finetune_steps: None decides by whether the head is new.
         finetune_learning_rate: None is the dense model's.
-        dense_learning_rate: None is everybody's.
+        dense_learning_rate, dense_steps: None is everybody's.
         dense_distillation: of the dense model, from the fine-tuned one.
         teacher: whose outputs distillation has as targets.
         first_seed: the first of `seeds` that follow each other.
@@ -74,6 +76,7 @@ class CompareSettings:
     dense_learning_rate: float | None
     finetune_learning_rate: float | None = None
     dense_distillation: float = 0.0
+    dense_steps: int | None = None
     teacher: Teacher = Teacher.DENSE
     first_seed: int = 0
     keep_models: bool
@@ -86,7 +89,7 @@ class CompareSettings:
         varying = ("checkpoint_every", "compile", "step_graphs", "target_density", "seed")
         config = {name: value for name, value in self.train.to_dict().items() if name not in varying}
         transform = {name: value for name, value in self.transform.to_dict().items() if name != "seed"}
-        names = ("finetune_steps", "finetune_learning_rate", "dense_learning_rate", "dense_distillation")
+        names = ("finetune_steps", "finetune_learning_rate", "dense_learning_rate", "dense_distillation", "dense_steps")
         dense = {name: getattr(self, name) for name in names}
         return {"model": self.model, **task, **transform, **config, **dense, "teacher": self.teacher.value}
 
@@ -139,6 +142,8 @@ def compare_methods(settings: CompareSettings) -> Outcome:
 def _points(settings: CompareSettings) -> tuple[Point, ...]:
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}")
+    if settings.dense_steps is not None and settings.dense_steps < 1:
+        raise ValueError(f"--dense-steps must be at least 1; got {settings.dense_steps}")
     if settings.first_seed < 0:
         raise ValueError(f"--first-seed must be 0 or more; got {settings.first_seed}")
     all_names = ("lte", *sorted(METHODS, key=lambda name: METHODS[name].needs is not Needs.TRAINING))
@@ -189,6 +194,7 @@ def open_workbench(opened: Opened, seed: int) -> Workbench:
         on_step=progress,
         dense_learning_rate=settings.dense_learning_rate,
         dense_distillation=settings.dense_distillation,
+        dense_steps=settings.dense_steps,
         teacher=settings.teacher,
         keep=_keeper(opened, seed),
     )
@@ -211,7 +217,7 @@ def _check_settings(settings: CompareSettings) -> None:
         write_atomically(path, json.dumps(asked, indent=1).encode())
         return
     recorded = read_settings(path)
-    if was := changed_settings({"teacher": Teacher.START.value, "dense_distillation": 0.0} | recorded, asked):
+    if was := changed_settings(_SETTINGS_BEFORE | recorded, asked):
         raise ValueError(f"{settings.out} holds another comparison ({was}); choose another --out")
 
 

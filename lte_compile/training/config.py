@@ -66,8 +66,8 @@ class TrainConfig:
         dropout: of all dropout layers while routers or a teacher's pupils train; None leaves what the model has.
         budget_range: the lowest and the highest density to train at: every row of a batch runs at one of its own, so
             that `lte_compile.set_density` can move the model over the range; None trains at the target alone. The
-            target's density is then held, and `eta` is 0 if it is not given: rows have their densities anyway, and a
-            price that swings moves them all (docs/training.md).
+            target's density is then held by one shift of all logits, and `eta`, if it is not given, is the price at
+            which the loss is indifferent to that shift (lte_compile.training.controller.Multiplier).
         budget_draw: how rows' densities are drawn from that range.
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
         temperature: both are softened by it before.
@@ -156,11 +156,6 @@ class TrainConfig:
     def holds(self) -> bool:
         """Whether biases hold the density at every measurement."""
         return self.hold_density or self.budget_range is not None
-
-    @property
-    def price(self) -> float | None:
-        """The weight of the efficiency loss, where it is fixed."""
-        return 0.0 if self.eta is None and self.budget_range is not None else self.eta
 
     def density_after(self, share: float) -> float:
         """The density wanted after a share of stage 1."""

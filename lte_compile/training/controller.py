@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_compile.routing.router import Router
+from lte_compile.training.sharding import whole
 
 # Gains of the PI controller on the relative density error, per measurement. Full error gives an eta inside the range
 # the paper sweeps (0.05 to 2) at once; the small integral removes what is left without ringing (tests/test_controller).
@@ -13,6 +20,10 @@ INTEGRAL_GAIN = 0.05
 MAX_ETA = 4.0
 # Weight of the newest measurement in the smoothed density: a memory of about three measurements.
 SMOOTHING = 0.4
+# About what L_eff loses by raising all logits alike: 1/6 where scores are spread evenly, less where they are not.
+SLOPE = 0.1
+# Of a multiplier: the share of the distance that a step closes; gradients of about three batches are smoothed over.
+MULTIPLIER_GAIN = 0.3
 
 
 @dataclass
@@ -47,12 +58,59 @@ class DensityController:
         self.eta = _clamp(PROPORTIONAL_GAIN * error + self.integral)
         return self.eta
 
+    @property
+    def price(self) -> float | Tensor:
+        """The eta of the next step."""
+        return self.eta
+
+    def observe(self, routers: Iterable[Router]) -> None:
+        """Look at the gradients of a step."""
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class Multiplier(DensityController):
+    """eta where a common shift of all logits holds the density: the price at which the loss ignores that shift.
+
+    That is the constraint's Lagrange multiplier. Without it the task raises all logits, which the shift takes back at
+    the next measurement only; a price by measured densities overshoots in between (docs/training.md). Every step moves
+    it against the sum of the biases' gradients, which is the loss's derivative by the shift; what the density drifts
+    all the same is added up in `integral`. On a device it stays there; `eta` is what it was at the last measurement.
+    """
+
+    _price: Tensor | None = None
+
+    @property
+    def price(self) -> float | Tensor:
+        return self.eta if self._price is None else self._price
+
+    def observe(self, routers: Iterable[Router]) -> None:
+        """Routers without biases are not shifted, and have no price."""
+        gradients = [router.bias.grad for router in routers if router.bias is not None]
+        sums = [whole(gradient).sum() for gradient in gradients if gradient is not None]
+        if sums:
+            missing = self.integral - torch.stack(sums).sum() / SLOPE
+            self._price = (self.price + MULTIPLIER_GAIN * missing).clamp(-MAX_ETA, MAX_ETA)
+
+    def measure(self, density: float) -> float:
+        """As of a controller, but the density is held by other means, and is what it has drifted to since."""
+        self.latest = density
+        error = max(-1.0, min(1.0, (density - self.target) / self.target))
+        self.integral = _clamp(self.integral + INTEGRAL_GAIN * error)
+        self.eta = float(self.price)
+        return self.eta
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "price": float(self.price)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state.items() if name != "price"})
+        self._price = torch.tensor(state["price"])
 
 
 def _clamp(eta: float) -> float:

@@ -39,7 +39,7 @@ from lte_compile.training.checkpointing import (
 )
 from lte_compile.training.checks import check_config, check_request
 from lte_compile.training.config import Phase, TrainConfig, lte_phases
-from lte_compile.training.controller import DensityController
+from lte_compile.training.controller import DensityController, Multiplier
 from lte_compile.training.distributed import Processes, Replica, join, require_plain
 from lte_compile.training.layer_compilation import Accelerated
 from lte_compile.training.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
@@ -237,8 +237,10 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
 
 
 def controller_of(config: TrainConfig) -> DensityController:
-    """What sets eta: the density, or the configuration once and for all."""
-    return DensityController(target=config.target_density, eta=config.price or 0.0, is_fixed=config.price is not None)
+    """What sets eta: the density, what it takes to hold one, or the configuration once and for all."""
+    if config.eta is None and config.budget_range is not None:
+        return Multiplier(target=config.target_density)
+    return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
 
 
 def peek_batches(model: nn.Module, batches: Batches, count: int) -> list[Batch]:
@@ -326,6 +328,7 @@ def _step(
             is_last = number == len(parts)
             total += replica.backward(moved, lambda m, p: _objective(run, m, p, weights), is_last=is_last)
     total = processes.total(total)
+    run.controller.observe(routers(model))
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -354,10 +357,9 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
     if not phase.trains_routers:
         return LossWeights(distillation=distillation, layers=layers, temperature=run.config.temperature)
     ramp = (step + 1) / phase.steps
-    eta = run.controller.eta
     separability = run.config.separability * ramp
     return LossWeights(
-        efficiency=eta,
+        efficiency=run.controller.price,
         separability=separability,
         distillation=distillation,
         layers=layers,

@@ -99,6 +99,15 @@ def test_seeds_may_begin_elsewhere(tmp_path: Path, bert: Path, labelled: Path, r
     assert [point["seed"] for point in document["points"]] == [2]
 
 
+def test_the_dense_model_may_train_for_fewer_steps(
+    tmp_path: Path, bert: Path, labelled: Path, run_json: RunJson
+) -> None:
+    grid = ("--task", labelled, "--methods", "dense,ffn-free", *BERT, "--dense-steps", 2)
+    document = run_json("compare", bert, "--out", tmp_path, *grid)
+    tokens = {point["method"]: point["training_tokens"] for point in document["points"]}
+    assert tokens["dense"] < tokens["ffn-free"] / 2  # 2 of 8 steps; texts differ in length
+
+
 def test_levers_of_an_encoders_recipe(tmp_path: Path, bert: Path, labelled: Path, run_json: RunJson) -> None:
     recipe = ("--distillation", 0.9, "--temperature", 2, "--teacher", "dense", "--fit-target", "effect", "--dropout", 0)
     steering = ("--hold-density", "--eta", 0.1, "--start-density", 0.8, "--anneal", 0.5, "--measure-every", 2)
@@ -133,6 +142,7 @@ def test_a_language_model_is_compared(tmp_path: Path, llama: Path, prose: Path, 
         (("--densities", "0.5,1"), "densities must lie between 0 and 1"),
         (("--densities", ""), "nothing to compare"),
         (("--seeds", "0"), "--seeds must be at least 1"),
+        (("--dense-steps", "0"), "--dense-steps must be at least 1"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(
