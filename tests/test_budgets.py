@@ -177,13 +177,14 @@ def test_rows_are_where_they_were_drawn_while_routers_learn_fast(monkeypatch: py
 
 def test_the_price_of_a_held_density_keeps_it_from_drifting_between_measurements() -> None:
     held_out, drifts = planted.batches(1, 2), {}
+    rates = {"learning_rate": 1e-3, "router_learning_rate": 3e-2}
     for eta in (None, 0.0):
-        config = _config(stage1_steps=60, stage2_steps=0, router_learning_rate=3e-2, measure_every=10, eta=eta)
+        config = _config(stage1_steps=80, stage2_steps=0, measure_every=10, eta=eta, **rates)
         events = train(_planted(), planted.PlantedBatches(0), config, held_out=held_out)
         measured = [event for event in events if event.step % config.measure_every == 0]
-        drifts[eta] = max(abs((event.density or 0.0) - TARGET) for event in measured)  # before it is held again
+        drifts[eta] = sum(abs((event.density or 0.0) - TARGET) for event in measured)  # before it is held again
         assert (measured[-1].eta > 0.0) == (eta is None)  # the task wants more experts
-    assert drifts[None] < 0.8 * drifts[0.0]  # seen: .029 and .042
+    assert drifts[None] < 0.7 * drifts[0.0]  # .18 to .51 of it with four seeds
 
 
 def test_slices_of_a_batch_keep_their_rows_shifts() -> None:

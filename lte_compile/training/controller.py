@@ -20,7 +20,7 @@ INTEGRAL_GAIN = 0.05
 MAX_ETA = 4.0
 # Weight of the newest measurement in the smoothed density: a memory of about three measurements.
 SMOOTHING = 0.4
-# About what L_eff loses by raising all logits alike: 1/6 where scores are spread evenly, less where they are not.
+# About the derivative of L_eff by a common shift of all logits: 1/6 where scores are spread evenly, else less.
 SLOPE = 0.1
 # Of a multiplier: the share of the distance that a step closes; gradients of about three batches are smoothed over.
 MULTIPLIER_GAIN = 0.3
@@ -53,10 +53,14 @@ class DensityController:
         self.smoothed = SMOOTHING * density + (1 - SMOOTHING) * previous
         if self.is_fixed:
             return self.eta
-        error = max(-1.0, min(1.0, (self.smoothed - self.target) / self.target))
-        self.integral = _clamp(self.integral + INTEGRAL_GAIN * error)
-        self.eta = _clamp(PROPORTIONAL_GAIN * error + self.integral)
+        self.eta = _clamp(PROPORTIONAL_GAIN * self._add_up(self.smoothed) + self.integral)
         return self.eta
+
+    def _add_up(self, density: float) -> float:
+        """The relative error of a density, which the integral takes in."""
+        error = max(-1.0, min(1.0, (density - self.target) / self.target))
+        self.integral = _clamp(self.integral + INTEGRAL_GAIN * error)
+        return error
 
     @property
     def price(self) -> float | Tensor:
@@ -100,8 +104,7 @@ class Multiplier(DensityController):
     def measure(self, density: float) -> float:
         """As of a controller, but the density is held by other means, and is what it has drifted to since."""
         self.latest = density
-        error = max(-1.0, min(1.0, (density - self.target) / self.target))
-        self.integral = _clamp(self.integral + INTEGRAL_GAIN * error)
+        self._add_up(density)
         self.eta = float(self.price)
         return self.eta
 

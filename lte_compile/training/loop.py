@@ -67,7 +67,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One finished step: `density` is the latest held-out measurement (None before the first)."""
+    """One finished step: `density` is the latest held-out measurement (None before the first).
+
+    `eta` is the price of the step; of a range of densities, whose price moves in every step, that of the measurement.
+    """
 
     phase: str
     step: int
