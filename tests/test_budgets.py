@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from lte_compile.training.budgets import NUM_NODES, Budgets, lower_logits
 from lte_compile.training.config import BudgetDraw, TrainConfig
 from lte_compile.training.distributed import ALONE
 from lte_compile.training.loop import StepEvent, train
-from lte_compile.training.losses import micro_batches
+from lte_compile.training.losses import LossWeights, micro_batches, weighted_loss
+from lte_compile.training.rows import Rows
 from lte_compile.training.steering import MOST_SHIFT, HeldOut
 from lte_compile.transform import transform
 from tests import planted
@@ -187,13 +189,51 @@ def test_the_price_of_a_held_density_keeps_it_from_drifting_between_measurements
     assert drifts[None] < 0.7 * drifts[0.0]  # .18 to .51 of it with four seeds
 
 
-def test_slices_of_a_batch_keep_their_rows_shifts() -> None:
-    batch, shift_B = {"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5.0)
-    parts = [part for rank in range(2) for part in micro_batches(batch, 2, rank=rank, processes=2, shift_B=shift_B)]
+def test_slices_of_a_batch_keep_their_rows() -> None:
+    batch, number_B = {"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5.0)
+    rows = Rows(shift_B=number_B, share_BN=number_B[:, None], weight_B=number_B)
+    parts = [part for rank in range(2) for part in micro_batches(batch, 2, rank=rank, processes=2, rows=rows)]
     for part in parts:
-        assert part.shift_B is not None
-        assert part.inputs["input_ids"][:, 0].tolist() == [2 * shift for shift in part.shift_B.tolist()]
-    assert sum(len(part.shift_B) for part in parts if part.shift_B is not None) == 5
+        assert part.rows is not None
+        first = part.inputs["input_ids"][:, 0].tolist()
+        for values in (part.rows.shift_B, part.rows.share_BN[:, 0], part.rows.weight_B):
+            assert first == [2 * value for value in values.tolist()]
+    assert sum(len(part.rows) for part in parts if part.rows is not None) == 5
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_rows_have_shares_of_the_measured_densities_and_count_by_their_own(weight: float) -> None:
+    budgets = replace(_budgets(), weight=weight)
+    budgets.seen[:] = [4.0, 3.0, 2.0, 1.0, 0.0]
+    drawn = torch.tensor(budgets.densities(8, seed=0, step=1))
+    rows = budgets.rows_of(8, seed=0, step=1)
+    torch.testing.assert_close(rows.share_BN @ torch.tensor(budgets.nodes), drawn)
+    torch.testing.assert_close(rows.share_BN @ torch.tensor(budgets.shifts), rows.shift_B)
+    torch.testing.assert_close(rows.share_BN.sum(1), torch.ones(8))
+    assert (rows.share_BN >= 0).all()
+    assert rows.weight_B.mean() == pytest.approx(1.0)
+    torch.testing.assert_close(rows.weight_B / rows.weight_B[0], (drawn / drawn[0]) ** weight)
+
+
+def test_weights_scale_what_rows_outputs_learn_and_not_the_loss() -> None:
+    model, batch = _planted(), planted.batches(1, 1)[0]
+    set_stage(model, Stage.SOFT)
+    count = len(batch["labels"])
+    weight_B = torch.linspace(0.0, 2.0, count)
+    gradients, losses = {}, set()
+    for weights in (torch.ones(count), weight_B):
+        rows = Rows(shift_B=torch.zeros(count), share_BN=torch.eye(count), weight_B=weights).moved_to(model)
+        [part] = micro_batches(batch, 1, rows=rows)
+        lower_logits(model, part.rows.shift_B if part.rows else None)
+        loss = weighted_loss(model, part, LossWeights(), None)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.add(float(loss.detach()))
+        pull_B = rows.pulls()
+        assert pull_B is not None
+        gradients[float(weights[0])] = pull_B
+    assert len(losses) == 1
+    # Rows do not see each other, so each one's derivative is scaled by its own weight: a product's rounding.
+    torch.testing.assert_close(gradients[0.0], gradients[1.0] * weight_B, rtol=1e-5, atol=1e-9)
 
 
 def _config(**changes: object) -> TrainConfig:

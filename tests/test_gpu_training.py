@@ -35,11 +35,17 @@ def _windows() -> TextBatches:
     return TextBatches(examples, batch_size=4, pad_token_id=0, seed=0, by_length=False)
 
 
-def _train(*, compile: bool) -> tuple[nn.Module, tuple[StepEvent, ...]]:
+def _train(*, compile: bool, **changes: Any) -> tuple[nn.Module, tuple[StepEvent, ...]]:
     model, inputs = deep_llama()
     teacher = set_stage(copy.deepcopy(model), "dense").cuda()
     config = TrainConfig(
-        target_density=0.4, stage1_steps=16, stage2_steps=14, distillation=0.5, measure_every=5, compile=compile
+        target_density=0.4,
+        stage1_steps=16,
+        stage2_steps=14,
+        distillation=0.5,
+        measure_every=5,
+        compile=compile,
+        **changes,
     )
     return model, train(model.cuda(), _windows(), config, held_out=[inputs], teacher=teacher)
 
@@ -69,13 +75,14 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return steps
 
 
-def test_played_back_steps_give_the_same_training(played: list[bool]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"budget_range": (0.2, 0.6), "budget_weight": 1.5}], ids=["one", "range"])
+def test_played_back_steps_give_the_same_training(played: list[bool], changes: dict[str, Any]) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        model, events = _train(compile=True)
+        model, events = _train(compile=True, **changes)
     assert not [warning for warning in seen if "CUDA graph" in str(warning.message)]
     assert sum(played) > 8  # of about 20 whole batches, three in each stage come before
-    expected, expected_events = _train(compile=False)
+    expected, expected_events = _train(compile=False, **changes)
     # Thirty steps of float32 rounding, in another order; a score near tau may fall on its other side.
     assert [e.loss for e in events] == pytest.approx([e.loss for e in expected_events], rel=1e-3)
     start, _ = deep_llama()

@@ -25,6 +25,7 @@ from lte_compile.training.config import TrainConfig
 from lte_compile.training.layer_compilation import Accelerated, repeated_layers
 from lte_compile.training.loop import StepEvent, train
 from lte_compile.training.losses import LossWeights, MicroBatch, micro_batches, weighted_loss
+from lte_compile.training.rows import Rows
 from lte_compile.transform import transform
 from tests import zoo
 from tests.routed import routed
@@ -85,20 +86,26 @@ def test_losses_and_gradients_are_those_of_eager_training(family: str, rule: str
 def test_rows_at_densities_of_their_own_are_compiled_once(counter: CompileCounterWithBackend) -> None:
     model, inputs = deep_llama()
     set_stage(model, "soft", selection="straight_through")
-    rows, losses = len(inputs["input_ids"]), {}
+    rows, losses, pulls = len(inputs["input_ids"]), {}, {}
     for compiled in (False, True):
         accelerated = Accelerated(model, None, enabled=compiled)
         for step in range(3):
-            shift_B = torch.linspace(-1.0, 1.0 + step, rows)
-            [part] = micro_batches(_batch(inputs), 1, shift_B=shift_B)
-            lower_logits(model, part.shift_B)
+            at = Rows(
+                shift_B=torch.linspace(-1.0, 1.0 + step, rows), share_BN=torch.eye(rows), weight_B=torch.ones(rows)
+            )
+            [part] = micro_batches(_batch(inputs), 1, rows=at)
+            part = part.moved_to(model)
+            assert part.rows is not None
+            lower_logits(model, part.rows.shift_B)
             with second_step(accelerated):
                 loss = weighted_loss(model, part, WEIGHTS, None)
             loss.backward()  # type: ignore[no-untyped-call]
             losses[compiled, step] = float(loss.detach())
+            pulls[compiled, step] = part.rows.pulls()
     lower_logits(model, None)
     for step in range(3):
         assert losses[True, step] == pytest.approx(losses[False, step], rel=1e-6)
+        torch.testing.assert_close(pulls[True, step], pulls[False, step], rtol=1e-4, atol=1e-7)  # float32 sums
     assert len({losses[False, step] for step in range(3)}) == 3
     assert counter.frame_count == 1
 

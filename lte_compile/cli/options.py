@@ -93,6 +93,10 @@ BudgetRange = Annotated[
     ),
 ]
 BudgetDrawOption = Annotated[BudgetDraw, typer.Option("--budget-draw", help="How rows' densities are drawn.")]
+BudgetWeight = Annotated[
+    float,
+    typer.Option(help="A row's loss counts as its density to this power: more of the high densities, less of the low."),
+]
 FitRouter = Annotated[bool, typer.Option("--fit-router/--no-fit-router", help="Start from routers fitted to data.")]
 FitTargetOption = Annotated[
     FitTarget, typer.Option("--fit-target", help="What routers are fitted to: experts' energies, or their effects.")

@@ -172,12 +172,20 @@ def lowered(scores_TE: Tensor, shift_B: Tensor) -> Tensor:
     Raises:
         ValueError: the first axis is none of rows.
     """
-    tokens, rows = scores_TE.shape[0], len(shift_B)
+    odds_T = per_token(shift_B.to(scores_TE.dtype).exp(), scores_TE)
+    return scores_TE / (scores_TE + (1 - scores_TE) * odds_T)
+
+
+def per_token(values_B: Tensor, like: Tensor) -> Tensor:
+    """One value a row, to be multiplied with a tensor [T, ...] whose tokens are one b-th of the first axis a row.
+
+    Raises:
+        ValueError: the first axis is none of rows.
+    """
+    tokens, rows = like.shape[0], len(values_B)
     if tokens % rows:
         raise ValueError(f"a density for each of {rows} rows needs FFN inputs with rows first; got {tokens} tokens")
-    odds_B = shift_B.to(scores_TE.dtype).exp()
-    odds_T = odds_B[:, None].expand(rows, tokens // rows).reshape(tokens, *[1] * (scores_TE.dim() - 1))
-    return scores_TE / (scores_TE + (1 - scores_TE) * odds_T)
+    return values_B[:, None].expand(rows, tokens // rows).reshape(tokens, *[1] * (like.dim() - 1))
 
 
 def routers(model: nn.Module) -> Iterator[Router]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.recomputation import as_leaf
-from lte_compile.routing.router import Router, require_routers
+from lte_compile.routing.router import Router, per_token, require_routers
 from lte_compile.running.padding import PaddingMasks, PaddingReader, counted_tokens, drop_padding
 
 # The paper's separability term 1 / (score - tau)^2 is singular at tau. With this eps one expert's term is at most 100
@@ -70,23 +70,29 @@ class RouterTrace:
         """How many scores (token, layer, expert) the losses average over; weighs micro-batches against each other."""
         return sum(record.scores_TE.numel() for record in self._counted(None))
 
-    def efficiency_loss(self, site: str | None = None) -> Tensor:
+    def efficiency_loss(self, site: str | None = None, *, weight_B: Tensor | None = None) -> Tensor:
         """L_eff: mean of scores squared (arXiv 2402.06126, section 4.2) over all sites, or over one.
 
+        With `weight_B` the squares of row b count weight_B[b] times, and are divided by as many as without.
         Padding is multiplied away rather than left out: what is computed has the same shape for any mask, so a CUDA
         graph of it serves all batches of a length.
         """
-        sums, counts = zip(*[self._squares(record) for record in self._records_of(site)], strict=True)
+        sums, counts = zip(*[self._squares(record, weight_B) for record in self._records_of(site)], strict=True)
         return torch.stack(sums).sum() / torch.stack(counts).sum().clamp(min=1)
 
-    def _squares(self, record: RouterRecord) -> tuple[Tensor, Tensor]:
+    def _squares(self, record: RouterRecord, weight_B: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum of a record's squared scores over the tokens that count, and how many scores these are."""
-        scores_TE = record.scores_TE.reshape(-1, record.scores_TE.shape[-1])
-        counted_T = counted_tokens(record.scores_TE, self._padding.mask_of(record.router, record.masks))
-        if counted_T is None:
+        scores_TE, experts = record.scores_TE, record.scores_TE.shape[-1]
+        counted_T = counted_tokens(scores_TE, self._padding.mask_of(record.router, record.masks))
+        if counted_T is None and weight_B is None:
             return scores_TE.square().sum(), scores_TE.new_full((), scores_TE.numel())
+        squares_T = scores_TE.square().sum(-1)
+        if weight_B is not None:
+            squares_T = squares_T * per_token(weight_B.to(squares_T.dtype), squares_T)
+        if counted_T is None:
+            return squares_T.sum(), scores_TE.new_full((), scores_TE.numel())
         weights_T = counted_T.to(scores_TE.dtype)
-        return (scores_TE.square().sum(-1) * weights_T).sum(), weights_T.sum() * scores_TE.shape[-1]
+        return (squares_T.flatten() * weights_T).sum(), weights_T.sum() * experts
 
     def separability_loss(self, site: str | None = None, *, eps: float = SEPARABILITY_EPS) -> Tensor:
         """L_sep: mean of 1 / ((score - tau)^2 + eps), the paper's term (section 4.2) bounded by `eps`."""

@@ -5,7 +5,7 @@ on held-out batches for a few densities of the range, and interpolated in betwee
 lowered says it for all densities at once; layers whose inputs change with the number make it a little wrong, and by how
 much is measured for one density at a time.
 
-Shapes: B rows of a batch.
+Shapes: B rows of a batch, N densities that are measured.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from operator import add
+from operator import add, mul
 
 import torch
 from torch import Tensor, nn
 
 from lte_compile.routing.router import routers
 from lte_compile.training.config import BudgetDraw, TrainConfig
+from lte_compile.training.rows import Rows
 
 # Densities of the range whose shifts are measured: at the ends and evenly between them.
 NUM_NODES = 5
@@ -32,6 +33,7 @@ class Budgets:
     """Draws densities in [low, high], and knows the shift of the logits for each.
 
     Args:
+        weight: a row's loss counts as its density to this power.
         seen: the shifts of `nodes` by the scores of unshifted logits.
         corrections: how much more it takes once a shift is in force.
     """
@@ -40,6 +42,7 @@ class Budgets:
     high: float
     target: float
     draw: BudgetDraw = BudgetDraw.UNIFORM
+    weight: float = 0.0
     seen: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
     corrections: list[float] = field(default_factory=lambda: [0.0] * NUM_NODES)
 
@@ -65,17 +68,27 @@ class Budgets:
         drawn = self if lowest is None else replace(self, low=min(max(lowest, self.low), self.high))
         return tuple(drawn._at_level(level) for level in levels)
 
-    def shifts_of(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> Tensor:
-        """What each row's logits are lowered by, [B] float32."""
+    def rows_of(self, rows: int, *, seed: int, step: object, lowest: float | None = None) -> Rows:
+        """What each row runs at, in float32."""
         drawn = self.densities(rows, seed=seed, step=step, lowest=lowest)
-        return torch.tensor([self.shift_for(density) for density in drawn])
+        weight_B = torch.tensor(drawn).pow(self.weight)
+        return Rows(
+            shift_B=torch.tensor([self.shift_for(density) for density in drawn]),
+            share_BN=torch.tensor([self._shares_of(density) for density in drawn]),
+            weight_B=weight_B / weight_B.mean(),
+        )
 
     def shift_for(self, density: float) -> float:
         """Linear between the nodes."""
-        nodes, shifts = self.nodes, self.shifts
+        return sum(map(mul, self._shares_of(density), self.shifts), start=0.0)
+
+    def _shares_of(self, density: float) -> list[float]:
+        """Of the nodes in a density: those on its two sides, by how near they are."""
+        nodes, shares = self.nodes, [0.0] * NUM_NODES
         right = min(max(bisect_left(nodes, density), 1), NUM_NODES - 1)
-        share = (density - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
-        return shifts[right - 1] + share * (shifts[right] - shifts[right - 1])
+        shares[right] = (density - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+        shares[right - 1] = 1 - shares[right]
+        return shares
 
     def _at_level(self, level: float) -> float:
         """The density below which this share of the draws lies."""
@@ -95,7 +108,9 @@ def budgets_of(config: TrainConfig) -> Budgets | None:
     """The range of densities to train at, if there is one."""
     if config.budget_range is None:
         return None
-    return Budgets(*config.budget_range, target=config.target_density, draw=config.budget_draw)
+    low, high = config.budget_range
+    draw, weight = config.budget_draw, config.budget_weight
+    return Budgets(low, high, target=config.target_density, draw=draw, weight=weight)
 
 
 def lower_logits(model: nn.Module, shift_B: Tensor | None) -> None:

@@ -102,6 +102,7 @@ class TrainConfig:
     dropout: float | None = None
     budget_range: tuple[float, float] | None = None
     budget_draw: BudgetDraw = BudgetDraw.UNIFORM
+    budget_weight: float = 0.0
     distillation: float = 0.0
     temperature: float = 1.0
     layer_distillation: float = 0.0

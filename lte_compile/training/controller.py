@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lte_compile.routing.router import Router
-from lte_compile.training.sharding import whole
+from lte_compile.training.budgets import NUM_NODES
+from lte_compile.training.rows import Rows
 
 # Gains of the PI controller on the relative density error, per measurement. Full error gives an eta inside the range
 # the paper sweeps (0.05 to 2) at once; the small integral removes what is left without ringing (tests/test_controller).
@@ -67,8 +67,8 @@ class DensityController:
         """The eta of the next step."""
         return self.eta
 
-    def observe(self, routers: Iterable[Router]) -> None:
-        """Look at the gradients of a step."""
+    def observe(self, parts: Iterable[Rows], total: Callable[[Tensor], Tensor]) -> None:
+        """Look at the gradients of a step, whose rows come in `parts`; `total` sums over processes."""
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,41 +79,41 @@ class DensityController:
 
 
 class Multiplier(DensityController):
-    """eta where a common shift of all logits holds the density: the price at which the loss ignores that shift.
+    """A price for every density that rows run at: there the loss gains nothing by a row's logits being higher.
 
-    That is the constraint's Lagrange multiplier. Without it the task raises all logits, which the shift takes back at
-    the next measurement only; a price by measured densities overshoots in between (docs/training.md). Every step moves
-    it against the sum of the biases' gradients, which is the loss's derivative by the shift; what the density drifts
-    all the same is added up in `integral`. On a device it stays there; `eta` is what it was at the last measurement.
+    These are the constraints' Lagrange multipliers. Without any the task raises all logits, which the shift of all
+    takes back at the next measurement only. With one price for all rows those of low densities gain by higher logits
+    and those of high ones by lower ones; routers see what a row lacks, and learn to undo what it was lowered by
+    (docs/training.md). Every step moves the prices against the loss's derivatives by the rows' shifts; what the
+    density drifts all the same is added up in `integral`. `eta` is their mean at the last measurement.
     """
 
-    _price: Tensor | None = None
+    _price_N: Tensor | None = None
 
     @property
-    def price(self) -> float | Tensor:
-        return self.eta if self._price is None else self._price
+    def price(self) -> Tensor:
+        return torch.zeros(NUM_NODES) if self._price_N is None else self._price_N
 
-    def observe(self, routers: Iterable[Router]) -> None:
-        """Routers without biases are not shifted, and have no price."""
-        gradients = [router.bias.grad for router in routers if router.bias is not None]
-        sums = [whole(gradient).sum() for gradient in gradients if gradient is not None]
-        if sums:
-            missing = self.integral - torch.stack(sums).sum() / SLOPE
-            self._price = (self.price + MULTIPLIER_GAIN * missing).clamp(-MAX_ETA, MAX_ETA)
+    def observe(self, parts: Iterable[Rows], total: Callable[[Tensor], Tensor]) -> None:
+        pulls = [pull_N for rows in parts if (pull_N := rows.pulls()) is not None]
+        if pulls:
+            pull_N = total(torch.stack(pulls).sum(0)) * NUM_NODES / SLOPE
+            missing_N = self.integral + pull_N
+            self._price_N = (self.price.to(pull_N) + MULTIPLIER_GAIN * missing_N).clamp(-MAX_ETA, MAX_ETA)
 
     def measure(self, density: float) -> float:
         """As of a controller, but the density is held by other means, and is what it has drifted to since."""
         self.latest = density
         self._add_up(density)
-        self.eta = float(self.price)
+        self.eta = float(self.price.mean())
         return self.eta
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "price": float(self.price)}
+        return {**super().state_dict(), "price": self.price.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({name: value for name, value in state.items() if name != "price"})
-        self._price = torch.tensor(state["price"])
+        self._price_N = torch.tensor(state["price"])
 
 
 def _clamp(eta: float) -> float:

@@ -43,6 +43,7 @@ from lte_compile.training.controller import DensityController, Multiplier
 from lte_compile.training.distributed import Processes, Replica, join, require_plain
 from lte_compile.training.layer_compilation import Accelerated
 from lte_compile.training.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
+from lte_compile.training.rows import Rows
 from lte_compile.training.steering import HeldOut
 from lte_compile.training.step_graphs import StepGraph
 
@@ -298,7 +299,8 @@ def _step_graph(run: _Run, replica: Replica) -> StepGraph | None:
 
 def _objective(run: _Run, model: nn.Module, part: MicroBatch, weights: LossWeights) -> Tensor:
     device = next(model.parameters()).device
-    lower_logits(model, part.shift_B)  # until the step is over: its backward pass may run layers again
+    # Until the step is over: its backward pass may run layers again.
+    lower_logits(model, part.rows.shift_B if part.rows else None)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.config.autocast):
         return weighted_loss(model, part, weights, run.teacher)
 
@@ -315,36 +317,37 @@ def _step(
     """One optimizer step; returns its loss, on the device."""
     config, processes, model = run.config, run.processes, replica.model
     weights = _loss_weights(run, phase, step)
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total, ran_at = torch.zeros((), device=next(model.parameters()).device), list[Rows]()
     # Cut where the batch is, usually the host: counting its tokens on a GPU would wait for all that runs there.
     batch = run.batches.next_batch()
-    shift_B = _drawn_shifts(run, phase, batch, step)
+    rows = _drawn_rows(run, phase, batch, step)
     rank, size = processes.rank, processes.size
     shifted = "labels" in batch and are_next_tokens(run.model, batch["labels"])
-    parts = list(micro_batches(batch, config.accumulation, rank=rank, processes=size, shift_B=shift_B, shifted=shifted))
+    parts = list(micro_batches(batch, config.accumulation, rank=rank, processes=size, rows=rows, shifted=shifted))
     with accelerated.step(_fixed_shape(parts)), lowering_ends(model):
         for number, part in enumerate(parts, start=1):
             moved = part.moved_to(model)
+            ran_at += [moved.rows] if moved.rows else []
             if graph is not None:
                 total += graph.backward(moved, weights)
                 continue
             is_last = number == len(parts)
             total += replica.backward(moved, lambda m, p: _objective(run, m, p, weights), is_last=is_last)
     total = processes.total(total)
-    run.controller.observe(routers(model))
+    run.controller.observe(ran_at, processes.total)
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
 
 
-def _drawn_shifts(run: _Run, phase: Phase, batch: Batch, step: int) -> Tensor | None:
-    """What each row's logits are lowered by, on the host; None where all run at one density."""
+def _drawn_rows(run: _Run, phase: Phase, batch: Batch, step: int) -> Rows | None:
+    """What each row runs at, on the host; None where all run at one density."""
     if run.budgets is None or not run.draws_budgets(phase):
         return None
     rows, share = len(next(iter(batch.values()))), (step + 1) / phase.steps if phase.trains_routers else 1.0
     lowest = run.config.lowest_after(share)
-    return run.budgets.shifts_of(rows, seed=run.config.seed, step=f"{phase.name}/{step}", lowest=lowest)
+    return run.budgets.rows_of(rows, seed=run.config.seed, step=f"{phase.name}/{step}", lowest=lowest)
 
 
 def _fixed_shape(parts: Sequence[MicroBatch]) -> Hashable:
@@ -362,7 +365,7 @@ def _loss_weights(run: _Run, phase: Phase, step: int) -> LossWeights:
     ramp = (step + 1) / phase.steps
     separability = run.config.separability * ramp
     return LossWeights(
-        efficiency=run.controller.price,
+        efficiency=run.controller.price if run.draws_budgets(phase) else run.controller.eta,
         separability=separability,
         distillation=distillation,
         layers=layers,

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lte_compile.running.labels import is_encoder_decoder, without_labels
 from lte_compile.running.modes import on_device
 from lte_compile.running.padding import decoder_modules
-from lte_compile.running.tracing import trace_routers, unwrapped
+from lte_compile.running.tracing import RouterTrace, trace_routers, unwrapped
 from lte_compile.training.layer_compilation import repeated_layers
 from lte_compile.training.layer_distances import layer_distance, layer_outputs
+from lte_compile.training.rows import Rows
 from lte_compile.training.token_losses import NextTokens, deferred_loss, token_losses
 
 Batch = Mapping[str, Tensor]
@@ -30,8 +31,9 @@ Batch = Mapping[str, Tensor]
 class LossWeights:
     """eta and lambda of the paper, the distillation's share of the task loss, and the weight of the layers' distances.
 
-    All 0 is plain training. `temperature` softens teacher and model before they are compared (Hinton et al. 2015, arXiv
-    1503.02531). `watched` keeps weights of 0 in the computation, which then is the same for all weights.
+    eta may be a price for each of the densities that rows run at, [N]. All 0 is plain training. `temperature` softens
+    teacher and model before they are compared (Hinton et al. 2015, arXiv 1503.02531). `watched` keeps weights of 0 in
+    the computation, which then is the same for all weights.
     """
 
     efficiency: float | Tensor = 0.0
@@ -54,7 +56,7 @@ class LossWeights:
 class MicroBatch:
     """A slice of a batch, and its share of the batch's labels, tokens and rows: weights that add up to 1.
 
-    `is_full`: its attention mask, if it has one, masks nothing. `shift_B`: see lte_compile.training.budgets.
+    `is_full`: its attention mask, if it has one, masks nothing. `rows`: where each has a density of its own.
     """
 
     inputs: dict[str, Tensor]
@@ -62,7 +64,7 @@ class MicroBatch:
     token_share: float
     row_share: float
     is_full: bool = False
-    shift_B: Tensor | None = None
+    rows: Rows | None = None
 
     @property
     def is_unpadded(self) -> bool:
@@ -71,9 +73,8 @@ class MicroBatch:
 
     def moved_to(self, model: nn.Module) -> MicroBatch:
         """The same on the model's device."""
-        tensors = dict(self.inputs) if self.shift_B is None else {**self.inputs, "shift_B": self.shift_B}
-        moved = on_device(model, tensors)
-        return replace(self, shift_B=moved.pop("shift_B", None), inputs=moved)
+        rows = None if self.rows is None else self.rows.moved_to(model)
+        return replace(self, rows=rows, inputs=on_device(model, self.inputs))
 
 
 def micro_batches(
@@ -82,7 +83,7 @@ def micro_batches(
     *,
     rank: int = 0,
     processes: int = 1,
-    shift_B: Tensor | None = None,
+    rows: Rows | None = None,
     shifted: bool = True,
 ) -> Iterator[MicroBatch]:
     """Cut a batch along its first axis; the weighted losses of all processes' slices sum to the batch's.
@@ -91,12 +92,12 @@ def micro_batches(
     a row of the batch that weighs nothing. `shifted`: labels [B, T] are next tokens, so the first ones are not learned.
     """
     shares = torch.arange(_num_rows(batch)).tensor_split(processes)
-    labels, tokens, rows = max(_num_labels(batch, shifted), 1), max(_num_tokens(batch), 1), _num_rows(batch)
+    labels, tokens = max(_num_labels(batch, shifted), 1), max(_num_tokens(batch), 1)
     for piece in shares[rank].tensor_split(min(count, len(shares[0]))):
         if not len(piece):
             idle = {name: value[:1] for name, value in batch.items()}
-            first = None if shift_B is None else shift_B[:1]
-            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0, shift_B=first)
+            first = None if rows is None else rows[:1]
+            yield MicroBatch(inputs=idle, label_share=0.0, token_share=0.0, row_share=0.0, rows=first)
             continue
         inputs = {name: value[piece] for name, value in batch.items()}
         mask = inputs.get("attention_mask")
@@ -105,9 +106,9 @@ def micro_batches(
             inputs=inputs,
             label_share=_num_labels(inputs, shifted) / labels,
             token_share=tokens_here / tokens,
-            row_share=len(piece) / rows,
+            row_share=len(piece) / _num_rows(batch),
             is_full=mask is not None and tokens_here == mask.numel(),
-            shift_B=None if shift_B is None else shift_B[piece],
+            rows=None if rows is None else rows[piece],
         )
 
 
@@ -138,6 +139,8 @@ def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teac
         deferred_loss(model) as deferred,
     ):
         out = model(**_arguments(model, part))
+    if part.rows is not None:
+        part.rows.weigh(out.logits)
     target = None if taught is None else taught.logits
     if deferred.logits_BTC is None:
         task = _task_loss(out, part)
@@ -151,10 +154,18 @@ def weighted_loss(model: nn.Module, part: MicroBatch, weights: LossWeights, teac
         loss = loss + weights.layers * _layer_loss(model, layers, taught.layers, part)
     if trace is None:
         return loss
-    auxiliary = weights.efficiency * trace.efficiency_loss()
+    auxiliary = _efficiency(trace, part, weights)
     if _is_on(weights.separability):
         auxiliary = auxiliary + weights.separability * trace.separability_loss()
     return loss + auxiliary * part.token_share
+
+
+def _efficiency(trace: RouterTrace, part: MicroBatch, weights: LossWeights) -> Tensor:
+    """The efficiency loss at its price, or at every row's own."""
+    price = weights.efficiency
+    if part.rows is None or not isinstance(price, Tensor) or not price.dim():
+        return price * trace.efficiency_loss()
+    return trace.efficiency_loss(weight_B=part.rows.prices(price))
 
 
 def _arguments(model: nn.Module, part: MicroBatch) -> dict[str, Any]:

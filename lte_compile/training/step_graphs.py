@@ -45,14 +45,16 @@ class _Recording:
     def play(self, part: MicroBatch, weights: LossWeights) -> Tensor:
         for name, value in part.inputs.items():
             self.part.inputs[name].copy_(value, non_blocking=True)
-        if self.part.shift_B is not None and part.shift_B is not None:
-            self.part.shift_B.copy_(part.shift_B, non_blocking=True)
+        if self.part.rows is not None and part.rows is not None:
+            self.part.rows.fill(part.rows)
         for fixed, wanted in zip(_changing(self.weights), _changing(weights), strict=True):
             if isinstance(fixed, Tensor):
-                fixed.fill_(wanted)
+                fixed.copy_(wanted) if isinstance(wanted, Tensor) else fixed.fill_(wanted)
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
+        if self.part.rows is not None and part.rows is not None:
+            part.rows.shift_B.grad = self.part.rows.shift_B.grad
         return self.loss.clone()  # the next step overwrites it
 
 
@@ -97,8 +99,8 @@ class StepGraph:
     def _record(self, shape: Hashable, part: MicroBatch, weights: LossWeights) -> None:
         device = next(self._model.parameters()).device
         inputs = {name: value.to(device, copy=True) for name, value in part.inputs.items()}
-        shift_B = None if part.shift_B is None else part.shift_B.to(device, copy=True)
-        fixed = replace(part, inputs=inputs, shift_B=shift_B), _on_device(weights, device)
+        rows = None if part.rows is None else part.rows.copied_to(device)
+        fixed = replace(part, inputs=inputs, rows=rows), _on_device(weights, device)
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # graphs of earlier steps in reference cycles
         try:
@@ -140,7 +142,7 @@ def _leave_recording(device: torch.device) -> None:
 def _shape_of(part: MicroBatch) -> Hashable:
     """What a recording has in it and cannot change."""
     shapes = tuple((name, value.shape) for name, value in part.inputs.items())
-    return shapes, part.label_share, part.token_share, part.row_share, part.is_full, part.shift_B is None
+    return shapes, part.label_share, part.token_share, part.row_share, part.is_full, part.rows is None
 
 
 def _changing(weights: LossWeights) -> tuple[float | Tensor, float | Tensor]:
@@ -152,5 +154,7 @@ def _on_device(weights: LossWeights, device: torch.device) -> LossWeights:
     """Changing weights where a recording reads them; a weight of zero stays out of it unless routers are watched."""
     if not weights.needs_routers:
         return weights
-    efficiency, separability = (torch.tensor(float(weight), device=device) for weight in _changing(weights))
+    efficiency, separability = (
+        torch.as_tensor(weight, dtype=torch.float32).to(device, copy=True) for weight in _changing(weights)
+    )
     return replace(weights, efficiency=efficiency, separability=separability if weights.separability else 0.0)
