@@ -399,6 +399,8 @@ def test_a_calibrated_model_moves_over_the_range() -> None:
     [
         ({"budget_range": (0.6, 0.2)}, "two densities between 0 and 1, the lower first"),
         ({"budget_range": (0.2, 1.0)}, "two densities between 0 and 1, the lower first"),
+        ({"budget_weight": -0.5}, "budget_weight must be 0 or more; got -0.5"),
+        ({"budget_weight": math.inf}, "budget_weight must be 0 or more; got inf"),
     ],
 )
 def test_bad_ranges_are_refused(given: dict[str, object], says: str) -> None:

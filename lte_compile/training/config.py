@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 from lte_compile.config import FitTarget, Stage, choice_of
@@ -66,9 +67,11 @@ class TrainConfig:
         dropout: of all dropout layers while routers or a teacher's pupils train; None leaves what the model has.
         budget_range: the lowest and the highest density to train at: every row of a batch runs at one of its own, so
             that `lte_compile.set_density` can move the model over the range; None trains at the target alone. The
-            target's density is then held by one shift of all logits, and `eta`, if it is not given, is the price at
-            which the loss is indifferent to that shift (lte_compile.training.controller.Multiplier).
+            target's density is then held by one shift of all logits, and `eta`, if it is not given, is a price for each
+            density, at which rows gain nothing by higher logits (lte_compile.training.controller.Multiplier).
         budget_draw: how rows' densities are drawn from that range.
+        budget_weight: a row's loss counts as its density to this power; 0 counts all alike. Losses of low densities are
+            larger, and learned from first (docs/results.md has 0, 1.5 and 3).
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
         temperature: both are softened by it before.
         layer_distillation: weight of the layers' distances from the teacher's
@@ -143,6 +146,7 @@ class TrainConfig:
         object.__setattr__(self, "budget_range", tuple(self.budget_range))
         is_range = len(self.budget_range) == 2 and 0.0 < self.budget_range[0] < self.budget_range[1] < 1.0
         _require(is_range, "budget_range must be two densities between 0 and 1, the lower first", self.budget_range)
+        _require(0.0 <= self.budget_weight < inf, "budget_weight must be 0 or more", self.budget_weight)
 
     @property
     def records_steps(self) -> bool:

@@ -56,7 +56,7 @@ class Rows:
 
     def prices(self, price_N: Tensor) -> Tensor:
         """Every row's, [B], of prices of the measured densities."""
-        return self.share_BN.to(price_N) @ price_N
+        return self.share_BN @ price_N.to(self.share_BN)  # which may still be on the host
 
     def pulls(self) -> Tensor | None:
         """The loss's derivative by the rows' shifts, shared out among the measured densities, [N]; None before it is
