@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lte_compile.training.steering import MOST_SHIFT, HeldOut
 from lte_compile.transform import transform
 from tests import planted
 from tests.routed import routed, stack, tokens
+from tests.test_layer_compilation import deep_llama
 
 LOW, HIGH, TARGET = 0.2, 0.6, 0.3
 
@@ -215,9 +217,22 @@ def test_rows_have_shares_of_the_measured_densities_and_count_by_their_own(weigh
     torch.testing.assert_close(rows.weight_B / rows.weight_B[0], (drawn / drawn[0]) ** weight)
 
 
-def test_weights_scale_what_rows_outputs_learn_and_not_the_loss() -> None:
-    model, batch = _planted(), planted.batches(1, 1)[0]
+def _classifier() -> tuple[nn.Module, dict[str, Tensor]]:
+    return _planted(), planted.batches(1, 1)[0]
+
+
+def _language_model() -> tuple[nn.Module, dict[str, Tensor]]:
+    model, inputs = deep_llama()
+    return model, {**inputs, "labels": inputs["input_ids"]}
+
+
+@pytest.mark.parametrize("made", [_classifier, _language_model])
+def test_weights_scale_what_rows_outputs_learn_and_not_the_loss(
+    made: Callable[[], tuple[nn.Module, dict[str, Tensor]]],
+) -> None:
+    model, batch = made()
     set_stage(model, Stage.SOFT)
+    teacher = set_stage(copy.deepcopy(model), Stage.DENSE)
     count = len(batch["labels"])
     weight_B = torch.linspace(0.0, 2.0, count)
     gradients, losses = {}, set()
@@ -225,7 +240,7 @@ def test_weights_scale_what_rows_outputs_learn_and_not_the_loss() -> None:
         rows = Rows(shift_B=torch.zeros(count), share_BN=torch.eye(count), weight_B=weights).moved_to(model)
         [part] = micro_batches(batch, 1, rows=rows)
         lower_logits(model, part.rows.shift_B if part.rows else None)
-        loss = weighted_loss(model, part, LossWeights(), None)
+        loss = weighted_loss(model, part, LossWeights(distillation=0.5), teacher)
         loss.backward()  # type: ignore[no-untyped-call]
         losses.add(float(loss.detach()))
         pull_B = rows.pulls()

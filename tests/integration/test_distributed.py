@@ -131,10 +131,11 @@ def test_training_equals_one_process(runs: Runs, alone: Alone, name: str, kind: 
     assert_identical(second[f"{name} {kind}"], first[f"{name} {kind}"])
 
 
-def test_rows_run_at_the_densities_that_one_process_draws(runs: Runs, alone: Alone) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_rows_run_at_the_densities_and_prices_that_one_process_has(runs: Runs, alone: Alone, kind: str) -> None:
     first, second = runs["train"]
-    assert_same_training(first["many budgets ddp"], alone["many budgets"])
-    assert_identical(second["many budgets ddp"], first["many budgets ddp"])
+    assert_same_training(first[f"many budgets {kind}"], alone["many budgets"])
+    assert_identical(second[f"many budgets {kind}"], first[f"many budgets {kind}"])
 
 
 def test_only_the_first_process_reports_steps(runs: Runs, alone: Alone) -> None:

@@ -111,7 +111,7 @@ CASES: Mapping[str, Case] = {
         _llama,
         _texts(11, classes=None, vocabulary=90),
         5,
-        replace(_CONFIG, budget_range=(0.25, 0.6), hold_density=True),
+        replace(_CONFIG, budget_range=(0.25, 0.6), budget_weight=1.5, hold_density=True),
     ),
     "with dropout": Case(_llama_with_dropout, _texts(8, classes=None, vocabulary=90), 4, _CONFIG),
 }
@@ -184,5 +184,11 @@ def _refusal(case: Case, llama: nn.Module, directory: Path) -> str:
     return str(refusal.value)
 
 
-PLAIN = [("classifier", "ddp"), ("classifier", "fsdp2"), ("language model", "ddp"), ("many budgets", "ddp")]
+PLAIN = [
+    ("classifier", "ddp"),
+    ("classifier", "fsdp2"),
+    ("language model", "ddp"),
+    ("many budgets", "ddp"),
+    ("many budgets", "fsdp2"),
+]
 RESUMED = [("language model", "fsdp2"), ("with dropout", "ddp")]
