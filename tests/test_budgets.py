@@ -20,6 +20,7 @@ from lte_compile.routing.linear_fit import logit_of
 from lte_compile.routing.router import lowered, routers, set_stage
 from lte_compile.training.budgets import NUM_NODES, Budgets, lower_logits
 from lte_compile.training.config import BudgetDraw, TrainConfig
+from lte_compile.training.controller import Multiplier
 from lte_compile.training.distributed import ALONE
 from lte_compile.training.loop import StepEvent, train
 from lte_compile.training.losses import LossWeights, micro_batches, weighted_loss
@@ -249,6 +250,22 @@ def test_weights_scale_what_rows_outputs_learn_and_not_the_loss(
     assert len(losses) == 1
     # Rows do not see each other, so each one's derivative is scaled by its own weight: a product's rounding.
     torch.testing.assert_close(gradients[0.0], gradients[1.0] * weight_B, rtol=1e-5, atol=1e-9)
+
+
+def test_prices_go_where_the_rows_are() -> None:
+    """They start on the host. The meta device refuses tensors of others, as a GPU does."""
+    model = _planted().to("meta")
+    set_stage(model, Stage.SOFT, selection="straight_through")
+    multiplier, batch = Multiplier(target=TARGET), planted.batches(1, 1)[0]
+    for _ in range(2):
+        [part] = micro_batches(batch, 1, rows=_budgets().rows_of(len(batch["labels"]), seed=0, step=0))
+        moved = part.moved_to(model)
+        assert moved.rows is not None
+        lower_logits(model, moved.rows.shift_B)
+        weights = LossWeights(efficiency=multiplier.price)
+        weighted_loss(model, moved, weights, None).backward()  # type: ignore[no-untyped-call]
+        multiplier.observe([moved.rows], lambda value: value)
+        assert multiplier.price.device.type == "meta"
 
 
 def _config(**changes: object) -> TrainConfig:
