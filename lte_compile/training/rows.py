@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from lte_compile.routing.router import per_token
 from lte_compile.running.modes import on_device
 
 
@@ -62,16 +63,12 @@ class Rows:
         """The loss's derivative by the rows' shifts, shared out among the measured densities, [N]; None before it is
         known, or where routers do not train."""
         gradient_B = self.shift_B.grad
-        return None if gradient_B is None else gradient_B @ self.share_BN.to(gradient_B)
+        return None if gradient_B is None else gradient_B @ self.share_BN
 
     def weigh(self, outputs: Tensor) -> None:
-        """Scale the gradients that flow into a model's outputs [B, ...]."""
+        """Scale the gradients that flow into a model's outputs [B, ...]; the loss keeps its value."""
         if outputs.requires_grad:
-            outputs.register_hook(lambda gradient: gradient * _like(self.weight_B, gradient))  # type: ignore[no-untyped-call]
+            outputs.register_hook(lambda grad: grad * per_token(self.weight_B.to(grad.dtype), grad))  # type: ignore[no-untyped-call]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _like(values_B: Tensor, other: Tensor) -> Tensor:
-    return values_B.to(other.dtype).view(-1, *[1] * (other.dim() - 1))
