@@ -71,8 +71,7 @@ class TrainConfig:
             density, at which rows gain nothing by higher logits (lte_compile.training.controller.Multiplier).
         budget_draw: how rows' densities are drawn from that range.
         budget_weight: what a row's logits learn, from labels and teacher, counts as its density to this power; 0 counts
-            all alike. Losses of low densities are larger, and learned from first. Tried: 0, 1.5 and 3
-            (docs/results.md); 0 was best for MiniLM (docs/training.md).
+            all alike. Tried: 0, 1.5 and 3; 0 was best for SmolLM2 (docs/results.md) and MiniLM (docs/training.md).
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
         temperature: both are softened by it before.
         layer_distillation: weight of the layers' distances from the teacher's
