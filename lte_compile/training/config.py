@@ -69,7 +69,8 @@ class TrainConfig:
             that `lte_compile.set_density` can move the model over the range; None trains at the target alone. The
             target's density is then held by one shift of all logits, and `eta`, if it is not given, is a price for each
             density, at which rows gain nothing by higher logits (lte_compile.training.controller.Multiplier).
-        budget_draw: how rows' densities are drawn from that range.
+        budget_draw: how rows' densities are drawn from that range. Log-uniform ones helped SmolLM2 at low densities
+            (docs/results.md) and hurt MiniLM at all (docs/training.md).
         budget_weight: what a row's logits learn, from labels and teacher, counts as its density to this power; 0 counts
             all alike. Tried: 0, 1.5 and 3; 0 was best for SmolLM2 (docs/results.md) and MiniLM (docs/training.md).
         distillation: weight of KL(teacher, model) against the task loss, in [0, 1]; needs a teacher.
