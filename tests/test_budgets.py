@@ -28,7 +28,7 @@ from lte_compile.training.rows import Rows
 from lte_compile.training.steering import MOST_SHIFT, HeldOut
 from lte_compile.transform import transform
 from tests import planted
-from tests.routed import routed, stack, tokens
+from tests.routed import Block, routed, stack, tokens
 from tests.test_layer_compilation import deep_llama
 
 LOW, HIGH, TARGET = 0.2, 0.6, 0.3
@@ -414,6 +414,62 @@ def test_a_density_that_thresholds_cannot_reach_is_said() -> None:
             router.bias.copy_(torch.where(torch.arange(len(router.bias)) % 2 == 0, 40.0, -40.0))  # scores of 1 and 0
     with pytest.warns(UserWarning, match="asked for a density of 0.2, thresholds reach (0.0|0.[456])"):
         place_thresholds(model, data, 0.2)
+
+
+class Starving(nn.Module):
+    """Where the first FFN gives a token less than LEAST of its neurons, the second FFN's router wants all experts."""
+
+    LEAST = 0.26
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(hidden=400), Block(hidden=400)
+        with torch.no_grad():
+            for parameter in self.first.parameters():
+                parameter.zero_()
+            self.first.up.bias.fill_(1.0)
+            self.first.down.weight[0] = 1 / 400  # every neuron adds its share to the first channel
+
+    def forward(self, x: Tensor) -> Tensor:
+        fed = self.first(torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], -1))
+        lacks = (fed[..., :1] < self.LEAST).to(fed.dtype)
+        result: Tensor = self.second(torch.cat([fed[..., :1], fed[..., 1:-1], 100 * lacks], -1))
+        return result
+
+
+def _starving() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """At the thresholds of now the first FFN runs at .3 and the second at .17."""
+    model, data = Starving(), [{"x": tokens(64, seed=number)[:, None]} for number in range(4)]
+    transform(model, TransformConfig(expert_size=4), data[0])
+    first, second = routers(model)
+    experts = first.num_experts
+    with torch.no_grad():
+        first.load_initial(torch.zeros_like(first.weight), torch.linspace(3, -7, experts, dtype=torch.float64))
+        drawn = torch.randn(second.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        drawn[..., 0], drawn[..., -1] = 0.0, 1.0
+        second.load_initial(drawn, torch.full((experts,), -3.5, dtype=torch.float64))
+    return set_stage(model, Stage.HARD), data
+
+
+def test_a_threshold_behind_which_later_layers_want_everything_is_not_taken() -> None:
+    """.185 lies, by the scores of now, where the first FFN runs below LEAST; there the second one runs at 1."""
+    model, data = _starving()
+    first = next(routers(model))
+    before = evaluate_routers(model, data).density()
+    threshold = place_thresholds(model, data, 0.185)
+    after = evaluate_routers(model, data)
+    active, neurons = after.neuron_counts()["first"]
+    assert active / neurons == pytest.approx(Starving.LEAST, abs=0.011)  # as far as it goes, to one expert of 100
+    assert after.density() < before - 0.02
+    assert {router.threshold for router in routers(model)} == {first.threshold} == {threshold}
+    set_density(model, after.density())  # what is kept was measured where the threshold ended
+    assert evaluate_routers(model, data).density() == pytest.approx(after.density(), abs=0.01)
+
+
+def test_a_density_that_later_layers_forbid_is_said() -> None:
+    model, data = _starving()
+    with pytest.warns(UserWarning, match="asked for a density of 0.1, thresholds reach (0.2|0.19).*later ones"):
+        place_thresholds(model, data, 0.1)
 
 
 def test_a_calibrated_model_moves_over_the_range() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeAlias
 
@@ -125,30 +125,112 @@ def place_thresholds(
 ) -> float:
     """`calibrate` and `set_density`, again and again, each time at the thresholds so far; returns the threshold.
 
-    Ends when the density on these batches is within DENSITY_TOLERANCE of the wish, or after so many rounds. Warns where
-    it then still is DENSITY_MISSED or more away.
+    Ends when the density on these batches is within DENSITY_TOLERANCE of the wish, or after so many rounds, at the
+    closest that was measured. Warns where that is DENSITY_MISSED or more away.
     """
-    calibrate(model, batches)
-    measured = density
-    seen: dict[bool, tuple[float, float]] = {}  # by whether it was too dense, the last threshold and density
+    found = require_routers(model)
+    here = _place(model, batches, None)
+    is_shared = len({router.threshold for router in found}) == 1
+    search = _Search(density, started=here if is_shared else None)
     for _ in range(rounds):
-        threshold = set_density(model, density)
-        if len(seen) == 2:  # between two that were measured is safer than what scores at one of them say
-            (left, high), (right, low) = seen[True], seen[False]
-            threshold = left + (high - density) / (high - low) * (right - left)
-            for router in require_routers(model):
-                router.threshold = threshold
-        measured = _calibrate(model, batches)
-        if abs(measured - density) <= DENSITY_TOLERANCE * density:
+        threshold = search.between()
+        here = _place(model, batches, set_density(model, density) if threshold is None else threshold)
+        search.add(here)
+        if search.miss(here) <= DENSITY_TOLERANCE * density:
             break
-        seen[measured > density] = threshold, measured
-    if abs(measured - density) >= DENSITY_MISSED:
+    best = search.closest()
+    for router, quantiles in zip(found, best.quantiles, strict=True):
+        router.threshold, router.score_quantiles = best.threshold, quantiles
+    if search.miss(best) >= DENSITY_MISSED:
         warnings.warn(
-            f"asked for a density of {density:g}, thresholds reach {measured:.3f}: too many scores are alike, as they "
-            "are where routers were trained until most are 0 or 1; a lower router learning rate keeps them apart",
-            stacklevel=2,
+            f"asked for a density of {density:g}, thresholds reach {best.density:.3f}: {search.reason()}", stacklevel=2
         )
-    return threshold
+    return best.threshold
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """One threshold of all routers, and what was measured there."""
+
+    threshold: float
+    density: float
+    quantiles: tuple[Quantiles, ...]
+
+
+def _place(model: nn.Module, batches: Sequence[Batch], threshold: float | None) -> _Placed:
+    """Measures at a threshold of all routers; None takes them as they are."""
+    found = require_routers(model)
+    if threshold is not None:
+        for router in found:
+            router.threshold = threshold
+    density = _calibrate(model, batches)
+    return _Placed(found[0].threshold, density, tuple(router.score_quantiles for router in found))
+
+
+@dataclass
+class _Search:
+    """Thresholds tried for a density.
+
+    Later layers see less the more earlier ones leave out, and may answer with more experts than they save: a threshold
+    that is raised can then raise the density. Such a step is taken back by half, as often as needed; of the thresholds
+    too dense, and of those too sparse, the closest to the wish is kept.
+    """
+
+    wish: float
+    started: _Placed | None  # None where no threshold was shared
+    tried: dict[bool, _Placed] = field(default_factory=dict)  # by whether it was too dense
+    astray: _Placed | None = None  # the last one, where it was further off than the one before it on its side
+    strayed: bool = False
+
+    def miss(self, placed: _Placed) -> float:
+        return abs(placed.density - self.wish)
+
+    def add(self, placed: _Placed) -> None:
+        side = placed.density > self.wish
+        nearest = self._nearest(side)
+        if nearest is not None and self.miss(placed) > self.miss(nearest):
+            self.astray, self.strayed = placed, True
+        else:
+            self.astray = None
+            self.tried[side] = placed
+
+    def _nearest(self, side: bool) -> _Placed | None:
+        if side in self.tried:
+            return self.tried[side]
+        return self.started if self.started and (self.started.density > self.wish) == side else None
+
+    def between(self) -> float | None:
+        """A threshold between two that were measured; None where the scores measured last say better."""
+        if self.astray is None:
+            return self._crossing(*self.tried.values()) if len(self.tried) == 2 else None
+        side = self.astray.density > self.wish
+        nearest, across = self._nearest(side), self.tried.get(not side)
+        assert nearest is not None  # nothing is astray but from one
+        if across is not None:
+            low, high = sorted((nearest.threshold, across.threshold))
+            if not low < self.astray.threshold < high:
+                return self._crossing(nearest, across)
+        return (self.astray.threshold + nearest.threshold) / 2
+
+    def _crossing(self, one: _Placed, other: _Placed) -> float:
+        """Where the line between two, of which one is too dense and the other too sparse, has the wish."""
+        share = (one.density - self.wish) / (one.density - other.density)
+        return one.threshold + share * (other.threshold - one.threshold)
+
+    def closest(self) -> _Placed:
+        known = [*self.tried.values(), *([self.started] if self.started else [])]
+        return min(known, key=self.miss)
+
+    def reason(self) -> str:
+        if self.strayed:
+            return (
+                "beyond it, what earlier layers leave out makes later ones choose more experts than that saves; train "
+                "for longer, or at a lower density"
+            )
+        return (
+            "too many scores are alike, as they are where routers were trained until most are 0 or 1; a lower router "
+            "learning rate keeps them apart"
+        )
 
 
 @torch.no_grad()
