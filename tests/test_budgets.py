@@ -466,6 +466,16 @@ def test_a_threshold_behind_which_later_layers_want_everything_is_not_taken() ->
     assert evaluate_routers(model, data).density() == pytest.approx(after.density(), abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:asked for a density")
+@pytest.mark.parametrize("wish", [0.02, 0.1, 0.19, 0.21, 0.25, 0.4, 0.55, 0.7, 0.95])
+def test_placing_never_ends_further_off_than_it_began(wish: float) -> None:
+    model, data = _starving()
+    before = evaluate_routers(model, data).density()
+    place_thresholds(model, data, wish)
+    after = evaluate_routers(model, data).density()
+    assert abs(after - wish) < abs(before - wish)
+
+
 def test_a_density_that_later_layers_forbid_is_said() -> None:
     model, data = _starving()
     with pytest.warns(UserWarning, match="asked for a density of 0.1, thresholds reach (0.2|0.19).*later ones"):
