@@ -433,7 +433,7 @@ class Starving(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fed = self.first(torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], -1))
         lacks = (fed[..., :1] < self.LEAST).to(fed.dtype)
-        result: Tensor = self.second(torch.cat([fed[..., :1], fed[..., 1:-1], 100 * lacks], -1))
+        result: Tensor = self.second(torch.cat([fed[..., :-1], 100 * lacks], -1))
         return result
 
 
@@ -454,14 +454,13 @@ def _starving() -> tuple[nn.Module, list[dict[str, Tensor]]]:
 def test_a_threshold_behind_which_later_layers_want_everything_is_not_taken() -> None:
     """.185 lies, by the scores of now, where the first FFN runs below LEAST; there the second one runs at 1."""
     model, data = _starving()
-    first = next(routers(model))
     before = evaluate_routers(model, data).density()
     threshold = place_thresholds(model, data, 0.185)
     after = evaluate_routers(model, data)
     active, neurons = after.neuron_counts()["first"]
     assert active / neurons == pytest.approx(Starving.LEAST, abs=0.011)  # as far as it goes, to one expert of 100
     assert after.density() < before - 0.02
-    assert {router.threshold for router in routers(model)} == {first.threshold} == {threshold}
+    assert {router.threshold for router in routers(model)} == {threshold}
     set_density(model, after.density())  # what is kept was measured where the threshold ended
     assert evaluate_routers(model, data).density() == pytest.approx(after.density(), abs=0.01)
 
@@ -478,7 +477,7 @@ def test_placing_never_ends_further_off_than_it_began(wish: float) -> None:
 
 def test_a_density_that_later_layers_forbid_is_said() -> None:
     model, data = _starving()
-    with pytest.warns(UserWarning, match="asked for a density of 0.1, thresholds reach (0.2|0.19).*later ones"):
+    with pytest.warns(UserWarning, match="asked for a density of 0.1, thresholds reach (0.2|0.19).*later layers"):
         place_thresholds(model, data, 0.1)
 
 

@@ -172,8 +172,8 @@ class _Search:
     """Thresholds tried for a density.
 
     Later layers see less the more earlier ones leave out, and may answer with more experts than they save: a threshold
-    that is raised can then raise the density. Such a step is taken back by half, as often as needed; of the thresholds
-    too dense, and of those too sparse, the closest to the wish is kept.
+    that is raised can then raise the density. Half of such a step is taken back, again and again while rounds last; of
+    the thresholds too dense, and of those too sparse, the closest to the wish is kept.
     """
 
     wish: float
@@ -224,8 +224,8 @@ class _Search:
     def reason(self) -> str:
         if self.strayed:
             return (
-                "beyond it, what earlier layers leave out makes later ones choose more experts than that saves; train "
-                "for longer, or at a lower density"
+                "beyond that the density moved away again, as later layers choose other experts where earlier ones do; "
+                "ask for a density nearer to the one trained for"
             )
         return (
             "too many scores are alike, as they are where routers were trained until most are 0 or 1; a lower router "
