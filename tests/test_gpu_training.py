@@ -102,6 +102,13 @@ def test_padded_texts_of_a_few_lengths_are_played_back(played: list[bool]) -> No
     assert densities == pytest.approx(expected_densities, abs=0.02)
 
 
+def test_a_training_leaves_no_memory_of_its_recordings_behind(played: list[bool]) -> None:
+    _train_classifier(step_graphs=True)
+    assert any(played)
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    assert {tuple(segment["segment_pool_id"]) for segment in segments} <= {(0, 0)}
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_steps_with_dropout_are_played_back(played: list[bool], *, routed: bool) -> None:
     with warnings.catch_warnings(record=True) as seen:

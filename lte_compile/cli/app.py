@@ -14,6 +14,11 @@ from lte_compile.cli import commands
 from lte_compile.cli.output import messages
 
 BAD_INPUT, FAILED = 2, 1
+OUT_OF_MEMORY = (
+    "the GPU has no memory left. A smaller --batch-size or --window needs less, in training also --accumulation and "
+    "--gradient-checkpointing; other processes on this GPU take memory too. Finished points and checkpoints are kept: "
+    "the same command goes on from them"
+)
 
 
 class _OneLineErrors(TyperGroup):
@@ -33,6 +38,8 @@ class _OneLineErrors(TyperGroup):
 
 def _report(error: BaseException) -> None:
     text = str(error).strip() or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, whose import would make every command start slowly
+        text = f"{OUT_OF_MEMORY} ({' '.join(text.split()).split(' Process ')[0]})"
     messages().print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 

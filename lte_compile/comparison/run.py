@@ -19,6 +19,7 @@ from lte_compile.baselines import METHODS, AtDensity, Method, Workbench, find_me
 from lte_compile.baselines.claims import claim
 from lte_compile.evaluation.quality import Evaluation
 from lte_compile.reports.results import write_atomically
+from lte_compile.running.memory import release_unused_memory
 
 Judge: TypeAlias = Callable[[nn.Module], tuple[float, Evaluation]]  # quality on the test split, and all it rests on
 
@@ -198,6 +199,7 @@ class _Run:
             write_atomically(self.path(point), json.dumps(asdict(result), indent=1).encode())
             what = f"{piece.method.title} at {point.target:g}, seed {point.seed}"
             self.say(f"{what}: {result.quality:.4g} at {result.density:.3f}")
+            release_unused_memory()
             start = time.perf_counter()
 
     def _bench(self, seed: int) -> Workbench:

@@ -215,6 +215,8 @@ def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, 
                 progress = _progress(run, index, done)
                 save_checkpoint(run.directory, number + done, replica.model, optimizer, progress, processes)
                 processes.reseed(run.config.seed, number + done)
+        if graph is not None:
+            graph.release()
 
 
 def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:

@@ -25,6 +25,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lte_compile.running.memory import release_unused_memory
 from lte_compile.training.losses import LossWeights, MicroBatch
 
 Objective: TypeAlias = Callable[[MicroBatch, LossWeights], Tensor]
@@ -79,6 +80,11 @@ class StepGraph:
             self._record(shape, part, weights)
         recording = self._recordings.get(shape)
         return self._launch(part, weights) if recording is None else recording.play(part, weights)
+
+    def release(self) -> None:
+        """Drop the recordings, and hand back their memory, which nothing else could use."""
+        self._recordings.clear()
+        release_unused_memory()
 
     def _launch(self, part: MicroBatch, weights: LossWeights) -> Tensor:
         """Kernel by kernel."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -46,6 +48,25 @@ def test_a_method_that_diverges_costs_the_others_nothing(tmp_path: Path) -> None
     again = run_points(points_of(["kla"], [0.5], [0, 1]), tmp_path, open_bench, _judge)
     assert opened == [0, 1]  # finished seeds need no model
     assert [(result.seed, result.density) for result in again] == [(0, 0.5), (1, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["lte", "random", "deja-vu"])
+def test_models_of_finished_points_are_dropped(name: str, tmp_path: Path) -> None:
+    """Even if Python does not look for reference cycles meanwhile: other processes may need their memory."""
+    judged: list[ReferenceType[nn.Module]] = []
+
+    def judge(model: nn.Module) -> tuple[float, Evaluation]:
+        assert [model() for model in judged] == [None] * len(judged)
+        judged.append(ref(model))
+        return _judge(model)
+
+    bench = workbench(stage1=2, stage2=1)
+    gc.disable()
+    try:
+        run_points(points_of([name], [0.6, 0.4, 0.2], [0]), tmp_path, lambda seed: bench, judge)
+    finally:
+        gc.enable()
+    assert len(judged) == 3
 
 
 def test_checkpoints_of_a_finished_training_are_dropped(tmp_path: Path) -> None:

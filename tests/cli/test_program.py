@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from lte_compile.cli import commands
 from lte_compile.cli.app import app
 from lte_compile.cli.output import finite
 from tests.cli.conftest import Run
@@ -132,6 +134,21 @@ def test_defects_end_in_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "error: KeyError: 'unforeseen'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_gpu_is_named_with_what_helps(bert: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 24.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 29.38 "
+            "MiB is free. Process 679 has 66.00 MiB memory in use. See documentation for Memory Management"
+        )
+
+    monkeypatch.setattr(commands, "_show", full)
+    result = run("inspect", bert)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the GPU has no memory left. A smaller --batch-size")
+    assert "which 29.38 MiB is free.)" in result.stderr
+    assert "Process 679" not in result.stderr
 
 
 def test_numbers_that_json_has_not_become_null() -> None:
