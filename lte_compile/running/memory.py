@@ -10,8 +10,8 @@ import torch
 def release_unused_memory() -> None:
     """Hand the device what dropped models and trainings held, for other processes to take.
 
-    torch keeps freed memory for itself; and a model's modules refer to each other, so that one that was dropped lives
-    on until Python looks for such cycles, which it does rarely.
+    torch keeps freed memory for itself. And torch.export leaves the model it traced in a reference cycle of its own, so
+    that a dropped one lives on until Python looks for cycles, which it does rarely.
     """
     gc.collect()
     torch.cuda.empty_cache()
