@@ -29,6 +29,8 @@ GATHER_COST = 1.3
 # Rows gathered at a time. Of 0.25 to 8 MB, 4 were fastest or within a tenth there (L2 1 MB, L3 32 MB). Into memory that
 # is used again: fresh memory of this size takes a page fault every 4 KB, which costs as much as the row itself.
 GATHERED_BYTES = 4 * 1024 * 1024
+# Up to here the C library has memory at hand that it was given back before.
+AT_HAND_BYTES = 1024 * 1024
 
 Run = tuple[int, int]  # experts [first, stop)
 
@@ -79,7 +81,8 @@ def _by_gathering(call: SparseFfnCall, x_TD: Tensor, active_TE: Tensor, union: l
     needed_R = (active_TF[0] if x_TD.shape[0] == 1 else active_TF.any(0)).nonzero().squeeze(1)
     row_bytes = max(weights.up_FD.shape[1], weights.down_DF.shape[0]) * weights.up_FD.element_size()
     outputs = _RunSum(weights, x_TD)
-    for part_R in torch.split(needed_R, max(GATHERED_BYTES // row_bytes, 1)):
+    at_once = max(GATHERED_BYTES // row_bytes, 1)
+    for part_R in torch.split(needed_R, at_once) if needed_R.shape[0] > at_once else (needed_R,):
         hidden_TR = _gathered_hidden(call, x_TD, part_R)
         if x_TD.shape[0] > 1:
             hidden_TR.masked_fill_(~active_TF[:, part_R], 0)
@@ -102,6 +105,8 @@ def _gathered_hidden(call: SparseFfnCall, x_TD: Tensor, part_R: Tensor) -> Tenso
 def _gathered(weight_FD: Tensor, part_R: Tensor) -> Tensor:
     """These rows, until the next ones are gathered in this thread."""
     rows, width = part_R.shape[0], weight_FD.shape[1]
+    if rows * width * weight_FD.element_size() <= AT_HAND_BYTES:
+        return weight_FD.index_select(0, part_R)
     to_RD = _scratch.view(rows * width, weight_FD.dtype).view(rows, width)
     return torch.index_select(weight_FD.detach(), 0, part_R, out=to_RD)
 

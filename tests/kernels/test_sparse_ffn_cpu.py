@@ -20,6 +20,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 @pytest.fixture(autouse=True)
 def always_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GATHER_COST", 0.0)
+    monkeypatch.setattr(cpu, "AT_HAND_BYTES", 0)
 
 
 def _bytes_of_rows(call: SparseFfnCall, rows: int) -> int:
