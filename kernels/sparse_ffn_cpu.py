@@ -107,25 +107,21 @@ def _gathered(weight_FD: Tensor, part_R: Tensor) -> Tensor:
     rows, width = part_R.shape[0], weight_FD.shape[1]
     if rows * width * weight_FD.element_size() <= AT_HAND_BYTES:
         return weight_FD.index_select(0, part_R)
-    to_RD = _scratch.view(rows * width, weight_FD.dtype).view(rows, width)
+    to_RD = _used_before(rows * width, weight_FD.dtype).view(rows, width)
     return torch.index_select(weight_FD.detach(), 0, part_R, out=to_RD)
 
 
-class _Scratch(threading.local):
-    """A thread's memory for gathered rows: GATHERED_BYTES, unless a single row has more."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def view(self, count: int, dtype: torch.dtype) -> Tensor:
-        needed = count * dtype.itemsize
-        if self._bytes.numel() < needed:
-            with torch.inference_mode(False):  # or it could not be written to outside of that mode
-                self._bytes = torch.empty(max(needed, GATHERED_BYTES), dtype=torch.uint8)
-        return self._bytes[:needed].view(dtype)
+_of_thread = threading.local()
 
 
-_scratch = _Scratch()
+def _used_before(count: int, dtype: torch.dtype) -> Tensor:
+    """Numbers in the thread's memory for gathered rows: GATHERED_BYTES, unless a single row has more."""
+    needed = count * dtype.itemsize
+    memory: Tensor | None = getattr(_of_thread, "memory", None)
+    if memory is None or memory.numel() < needed:
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            memory = _of_thread.memory = torch.empty(max(needed, GATHERED_BYTES), dtype=torch.uint8)
+    return memory[:needed].view(dtype)
 
 
 def _gathering_is_cheaper(call: SparseFfnCall, union: list[bool], runs: list[Run]) -> bool:
