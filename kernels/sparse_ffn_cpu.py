@@ -62,7 +62,7 @@ def sparse_ffn_cpu(call: SparseFfnCall) -> Tensor:
 
 def _by_runs(call: SparseFfnCall, x_TD: Tensor, active_TE: Tensor, union: list[bool], runs: list[Run]) -> Tensor:
     weights = call.weights
-    outputs = _RunSum(weights, x_TD)
+    outputs = _PartSum(weights, x_TD)
     for first, stop in runs:
         start, end = _neurons(call, first, stop)
         constants = constants_of_neurons(call.activation, call.constants, slice(start, end))
@@ -80,9 +80,9 @@ def _by_gathering(call: SparseFfnCall, x_TD: Tensor, active_TE: Tensor, union: l
     active_TF = expand_to_neurons(active_TE, weights.up_FD.shape[0], call.expert_size, call.offsets_E1)
     needed_R = (active_TF[0] if x_TD.shape[0] == 1 else active_TF.any(0)).nonzero().squeeze(1)
     row_bytes = max(weights.up_FD.shape[1], weights.down_DF.shape[0]) * weights.up_FD.element_size()
-    outputs = _RunSum(weights, x_TD)
+    outputs = _PartSum(weights, x_TD)
     at_once = max(GATHERED_BYTES // row_bytes, 1)
-    for part_R in torch.split(needed_R, at_once) if needed_R.shape[0] > at_once else (needed_R,):
+    for part_R in torch.split(needed_R, at_once):
         hidden_TR = _gathered_hidden(call, x_TD, part_R)
         if x_TD.shape[0] > 1:
             hidden_TR.masked_fill_(~active_TF[:, part_R], 0)
@@ -163,8 +163,8 @@ def _rows(weights: FfnWeights, start: int, stop: int) -> FfnWeights:
     )
 
 
-class _RunSum:
-    """The sum of the runs' outputs and the bias. Half precision adds in fp32, so that it is rounded once at the end."""
+class _PartSum:
+    """The sum of the parts' outputs and the bias. Half precision adds in fp32, to be rounded once at the end."""
 
     def __init__(self, weights: FfnWeights, x_TD: Tensor) -> None:
         self._bias_D = weights.down_bias_D
