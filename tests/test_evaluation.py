@@ -57,8 +57,15 @@ def test_perplexity_of_a_language_model_leaves_padding_labels_out() -> None:
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(zoo.build("bert")[0], [])
+    model, inputs = zoo.build("bert")
+    ignored = torch.full((len(inputs["input_ids"]),), -100)
+    for batches, reason in (
+        ([], "no batches"),
+        ([inputs], "no labels, only"),
+        ([{**inputs, "labels": ignored}], "-100"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate(model, batches)
 
 
 @pytest.mark.parametrize(("name", "matrices"), [("bert", 2), ("llama", 3)])

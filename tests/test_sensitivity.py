@@ -102,10 +102,13 @@ def test_frozen_models_are_fitted_too() -> None:
     assert evaluate_routers(model, batches).density() == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("given", [{"rounds": 0}, {"batches": []}])
-def test_at_least_one_batch_and_round(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [({"rounds": 0}, "rounds must be at least 1; got 0"), ({"batches": []}, "no batches were given")],
+)
+def test_at_least_one_batch_and_round(given: dict[str, Any], reason: str) -> None:
     model, batches = _classifier()
-    with pytest.raises(ValueError, match="at least one batch in one round"):
+    with pytest.raises(ValueError, match=reason):
         fit_routers_to_effects(model, **{"batches": batches, "density": 0.1, **given})
 
 

@@ -37,11 +37,6 @@ def _frozen() -> nn.Module:
     return model
 
 
-def test_batches_without_a_position_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"type list have no next_batch\(\).*lte_compile\.data\.batches"):
-        train(_model(), batches(0, 2), CONFIG, held_out=HELD_OUT)  # type: ignore[arg-type]
-
-
 def test_batches_without_labels_are_refused() -> None:
     class Unlabelled(PlantedBatches):
         def next_batch(self) -> dict[str, torch.Tensor]:

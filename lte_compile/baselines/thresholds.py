@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lte_compile.baselines.registry import AtDensity
 from lte_compile.baselines.workbench import Workbench
-from lte_compile.calibration.watching import Batch, SeeFfn, watch_ffns
+from lte_compile.calibration.watching import SeeFfn, watch_ffns
 from lte_compile.evaluation.selectors import Selector, installed
 from lte_compile.passes.ir import FfnSite
+from lte_compile.running.inputs import Batch
 
 # Thresholds below shift what later FFNs see; a second look, with them in place, makes up for most of it.
 ROUNDS = 2

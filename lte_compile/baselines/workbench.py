@@ -20,13 +20,14 @@ from lte_compile.baselines.claims import claim
 from lte_compile.baselines.traces import joined
 from lte_compile.calibration.watching import collect_activations, locate_sites
 from lte_compile.config import Grouping, TransformConfig
+from lte_compile.data.epochs import Batches
 from lte_compile.inspection.sites import inspect, require_sites
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import routers
 from lte_compile.running.labels import without_labels
 from lte_compile.training.checkpointing import write_tensors
 from lte_compile.training.config import Phase, Teacher, TrainConfig
-from lte_compile.training.loop import Batches, OnStep, peek_batches, train
+from lte_compile.training.loop import OnStep, peek_batches, train
 from lte_compile.training.losses import Batch
 from lte_compile.transform import transform
 

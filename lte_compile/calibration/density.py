@@ -15,10 +15,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lte_compile.calibration.watching import Batch, at_least_one
 from lte_compile.config import Stage
 from lte_compile.routing.linear_fit import logit_of
 from lte_compile.routing.router import Router, require_routers
+from lte_compile.running.inputs import Batch, at_least_one
 from lte_compile.running.modes import eval_mode, for_layers, in_stage
 from lte_compile.running.tracing import RouterTrace, site_names, trace_routers
 
@@ -54,6 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, densities: Sequence
     Use held-out batches of the kind the model will see. The result is saved with the model. Returns the model.
 
     Args:
+        batches: each a mapping of keyword arguments for the model, a tuple of positional ones, or one tensor.
         densities: measure at these budgets, a few passes over the batches for each, instead of at the thresholds of
             now alone: the further a threshold moves, the more the scores of later layers change.
     """

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lte_compile.calibration.fitting import FIT_ROUNDS, fit_routers
-from lte_compile.calibration.watching import Batch, SeeFfn, down_norms, watching
+from lte_compile.calibration.watching import SeeFfn, down_norms, watching
 from lte_compile.config import FitTarget, Stage
 from lte_compile.passes.ir import FfnSite
 from lte_compile.rewriting.naming import current_sites
 from lte_compile.rewriting.permutation import up_projection
 from lte_compile.routing.linear_fit import RouterFit, cut_at_density
 from lte_compile.routing.router import require_routers
-from lte_compile.running.modes import eval_mode, in_stage, on_device
+from lte_compile.running.inputs import Batch, at_least_one
+from lte_compile.running.modes import arguments_of, eval_mode, in_stage
+from lte_compile.running.outputs import logits_of
 from lte_compile.running.padding import PaddingReader, drop_padding
 
 # Bounds of a layer's share of its scores above the cut: a router that never or always fires could not be placed.
@@ -48,11 +50,11 @@ def fit_routers_to_effects(
     Raises:
         ValueError: as `fit_routers`, or an FFN whose down-projection is no module that is called.
     """
-    found, batches = require_routers(model), list(batches)
+    found, batches = require_routers(model), list(at_least_one(batches))
     if missing := [r.site.name for r in found if r.bias is None]:
         raise ValueError(f"fitted routers need a bias; transform with router_bias=True (site {missing[0]} has none)")
-    if rounds < 1 or not batches:
-        raise ValueError(f"routers are fitted to at least one batch in one round; got {len(batches)} and {rounds}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
     sites = current_sites(model)
     for number in range(rounds):
         fits = {r: r.new_fit(down_norms(model, sites[r]), *up_projection(model, sites[r])) for r in found}
@@ -83,7 +85,7 @@ def watch_weighted(model: nn.Module, batches: Iterable[Batch], watchers: Mapping
             for calls in seen.values():
                 calls.follow(model, stack)
             stack.enter_context(watching(model, {site: calls.see for site, calls in seen.items()}))
-            logits = model(**on_device(model, batch)).logits
+            logits = logits_of(model(**arguments_of(model, batch)))
         outputs = [output for calls in seen.values() for output in calls.outputs]
         # a byte each: a language model has millions of logits
         signs = 1 - 2 * torch.randint(0, 2, logits.shape, generator=generator, device=device, dtype=torch.int8)

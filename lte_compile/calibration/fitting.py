@@ -9,11 +9,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lte_compile.calibration.watching import Batch, down_norms, watch_ffns
+from lte_compile.calibration.watching import down_norms, watch_ffns
 from lte_compile.config import Stage
 from lte_compile.rewriting.naming import current_sites
 from lte_compile.rewriting.permutation import up_projection
 from lte_compile.routing.router import require_routers
+from lte_compile.running.inputs import Batch, at_least_one
 from lte_compile.running.modes import in_stage
 
 # MiniLM on TREC, target .14 for every layer: one round gives .087 over unseen questions (.139 in the first layer, .041
@@ -30,7 +31,7 @@ def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, r
     ones see other inputs. The model's stage is left as it was. Returns the model.
 
     Args:
-        batches: keyword arguments for the model; padding is read from `attention_mask`. A few thousand tokens suffice.
+        batches: as for `calibrate`; padding is read from `attention_mask`. A few thousand tokens suffice.
         density: target share of active neurons in the hard stage, in (0, 1), for every site.
 
     Raises:
@@ -42,7 +43,7 @@ def fit_routers(model: nn.Module, batches: Iterable[Batch], density: float, *, r
         raise ValueError(f"fitted routers need a bias; transform with router_bias=True (site {missing[0]} has none)")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
-    batches = list(batches)
+    batches = list(at_least_one(batches))
     sites = current_sites(model)
     for number in range(rounds):
         fits = {r: r.new_fit(down_norms(model, sites[r]), *up_projection(model, sites[r])) for r in found}

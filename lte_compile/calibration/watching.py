@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from lte_compile.passes.ir import FfnSite, WeightLayout
 from lte_compile.rewriting.attach import follow_ffn
 from lte_compile.rewriting.places import locate
-from lte_compile.running.modes import eval_mode, for_layers, on_device
+from lte_compile.running.inputs import Batch, at_least_one
+from lte_compile.running.modes import arguments_of, eval_mode, for_layers
 from lte_compile.running.padding import PaddingReader, drop_padding
 
-Batch = Mapping[str, Any]
 SeeFfn = Callable[[Tensor, Tensor], None]
 
 # Tokens kept per site for co-activation grouping: ten per neuron of the 1,536 of a small model (docs/grouping.md).
@@ -62,7 +61,7 @@ def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
 
 def _call(model: nn.Module, batch: Batch) -> None:
     with torch.no_grad(), eval_mode(model):
-        model(**on_device(model, batch))
+        model(**arguments_of(model, batch))
 
 
 def down_norms(model: nn.Module, site: FfnSite) -> Tensor:
@@ -82,20 +81,6 @@ def watch_ffns(model: nn.Module, batches: Iterable[Batch], watchers: Mapping[Ffn
     with eval_mode(model), watching(model, watchers):
         for batch in at_least_one(batches):
             model(**for_layers(model, batch))
-
-
-def at_least_one(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches.
-
-    Raises:
-        ValueError: there are none.
-    """
-    empty = True
-    for batch in batches:
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError("no batches were given; pass at least one mapping of keyword arguments for the model")
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lte_compile.evaluation.meter import SelectionReport, measuring
 from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import require_routers, routers
+from lte_compile.running.inputs import Batch, at_least_one
 from lte_compile.running.labels import are_next_tokens, without_labels
 from lte_compile.running.modes import eval_mode, on_device
+from lte_compile.running.outputs import logits_of
 from lte_compile.running.tracing import trace_routers
-from lte_compile.training.losses import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
     right = total = loss = 0.0
     per_site: dict[str, list[float]] = {}
     with eval_mode(model), measuring(model) as meter:
-        for batch in batches:
+        for batch in at_least_one(batches):
             logits_NC, labels_N = _predictions(model, on_device(model, batch), per_site)
             right += float((logits_NC.argmax(-1) == labels_N).sum())
             loss += float(nn.functional.cross_entropy(logits_NC.float(), labels_N, reduction="sum"))
             total += len(labels_N)
     if not total:
-        raise ValueError("nothing to evaluate: the batches hold no labels")
+        raise ValueError("nothing to evaluate: all labels are -100")
     selection = meter.report()
     if selection and not per_site:  # selectors: nothing was traced
         densities, density = {n: s.neuron_density for n, s in selection.sites.items()}, selection.neuron_density
@@ -77,15 +78,17 @@ def _pooled(per_site: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], 
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor], per_site: dict[str, list[float]]) -> tuple[Tensor, Tensor]:
     """Logits and labels of the positions that count; adds the batch's [active, all] neurons to `per_site`."""
+    if "labels" not in batch:
+        raise ValueError(f"nothing to evaluate: a batch has no labels, only {', '.join(batch)}")
     inputs, labels = without_labels(model, batch), batch["labels"]
     if any(routers(model)):
         with trace_routers(model) as trace:
-            logits = model(**inputs).logits
+            logits = logits_of(model(**inputs))
         for site, counts in trace.neuron_counts().items():
             sums = per_site.setdefault(site, [0.0, 0.0])
             sums[0], sums[1] = sums[0] + counts[0], sums[1] + counts[1]
     else:
-        logits = model(**inputs).logits
+        logits = logits_of(model(**inputs))
     if are_next_tokens(model, labels):
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels != -100

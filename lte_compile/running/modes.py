@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lte_compile.config import Stage
 from lte_compile.routing.router import require_routers, set_stage
+from lte_compile.running.inputs import Batch, named_inputs
 
 
 @contextmanager
@@ -54,10 +55,11 @@ def in_stage(model: nn.Module, stage: Stage) -> Iterator[None]:
             router.requires_grad_(trains)
 
 
-def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors on the model's device."""
+def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch by name, with its tensors on the model's device."""
     device = next(model.parameters()).device
-    return {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = named_inputs(model, batch).items()
+    return {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in inputs}
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
@@ -66,10 +68,19 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
-def for_layers(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch for a call: by name, on the model's device, without labels that the model does not take."""
+    given, known = on_device(model, batch), inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if not ("labels" in known or takes_any):
+        given.pop("labels", None)
+    return given
+
+
+def for_layers(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The batch for a call of which only the layers matter: of transformers' decoders without most of the logits,
     which may take as long as all layers."""
-    given = on_device(model, batch)
+    given = arguments_of(model, batch)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given.pop("labels", None)
         given["logits_to_keep"] = 1

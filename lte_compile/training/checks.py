@@ -14,25 +14,18 @@ from lte_compile.training.config import Phase, TrainConfig
 from lte_compile.training.layer_compilation import repeated_layers
 from lte_compile.training.losses import Batch
 
-_POSITION = ("next_batch", "state_dict", "load_state_dict")
 # A run may go on with others of these: how it is computed and saved, and for how long it goes on.
 _FREE = ("checkpoint_every", "compile", "step_graphs", "gradient_checkpointing", "stage1_steps", "stage2_steps")
 
 
 def check_request(
     model: nn.Module,
-    batches: object,
     config: TrainConfig,
     phases: Sequence[Phase],
     held_out: Sequence[Batch],
     teacher: nn.Module | None,
 ) -> None:
     """A ValueError for what `lte_compile.train` cannot do."""
-    if missing := [name for name in _POSITION if not hasattr(batches, name)]:
-        raise ValueError(
-            f"batches of type {type(batches).__name__} have no {missing[0]}(), by which a run finds its place again; "
-            "give an object with next_batch(), state_dict() and load_state_dict(), as in lte_compile.data.batches"
-        )
     has_routers = any(phase.stage is not None for phase in phases)
     if has_routers:
         require_routers(model)

@@ -10,11 +10,11 @@ by torchrun or accelerate launch, all processes call it with the same arguments 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -24,6 +24,7 @@ from torch.optim import AdamW, Optimizer
 from lte_compile.calibration.density import calibrate, set_density
 from lte_compile.calibration.effects import fit_to
 from lte_compile.config import Stage
+from lte_compile.data.epochs import Batches, endless
 from lte_compile.rewriting.layouts import set_layout
 from lte_compile.routing.router import routers, set_stage
 from lte_compile.running.labels import are_next_tokens, without_labels
@@ -56,14 +57,6 @@ PEEKED_TOKENS = 65_536
 _REST = 5
 # Devices on which torch's AdamW has a fused implementation.
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
-
-
-class Batches(Protocol):
-    """Training data whose position can be saved (lte_compile.data.batches)."""
-
-    def next_batch(self) -> Batch: ...
-    def state_dict(self) -> Mapping[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +104,10 @@ class _Run:
 
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | Iterable[Batch],
     config: TrainConfig,
     *,
-    held_out: Sequence[Batch] = (),
+    held_out: Iterable[Batch] = (),
     teacher: nn.Module | None = None,
     directory: Path | None = None,
     phases: Sequence[Phase] | None = None,
@@ -125,6 +118,8 @@ def train(
 
     Args:
         model: takes batches as keyword arguments and returns `.loss` and `.logits`, as transformers models do.
+        batches: a list or DataLoader of mappings, gone through again and again, or what saves its own position
+            (lte_compile.data.batches).
         held_out: batches the density is measured on, in eval mode; needed by phases that train routers.
         teacher: a dense model for `config.distillation`.
         directory: where checkpoints go; one that is there already is resumed.
@@ -133,12 +128,14 @@ def train(
             told. Every process passes whole batches and computes its share of each.
 
     Raises:
-        ValueError: held-out data or a teacher is missing, the model is not transformed or has nothing to train, a
-            checkpoint is damaged, of another model or another run, or processes were given different batches.
+        ValueError: batches cannot be gone through again, held-out data or a teacher is missing, the model is not
+            transformed or has nothing to train, a checkpoint is damaged, of another model or another run, or processes
+            were given different batches.
         FloatingPointError: the loss became NaN or infinite; the newest checkpoint is intact.
     """
     phases = tuple(lte_phases(config) if phases is None else phases)
-    check_request(model, batches, config, phases, held_out, teacher)
+    batches, held_out = endless(batches, config.seed), tuple(held_out)
+    check_request(model, config, phases, held_out, teacher)
     processes = join(next(model.parameters()).device, shard=shard)
     run = _Run(
         model=model,
