@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lte_compile as lte
 from lte_compile.data.epochs import Epochs, endless
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_other_batches_is_refused(tmp_path: Path) -> None:
         lte.train(_planted(), batches(0, 4), replace(CONFIG, stage2_steps=9), held_out=held_out, directory=tmp_path)
 
 
-class _Stream:
+class _Stream(IterableDataset[dict[str, Tensor]]):
     """Data of unknown length."""
 
     def __init__(self, rows: list[int]) -> None:
@@ -192,7 +192,7 @@ class _Stream:
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.integers(0, 12), st.integers(0, 12), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_a_saved_position_is_where_the_next_batch_is(rows: list[int], first: int, then: int, is_sized: bool) -> None:
-    data: Iterable[dict[str, Tensor]] = list(_Stream(rows)) if is_sized else _Stream(rows)
+    data: Iterable[dict[str, Tensor]] = list(_Stream(rows)) if is_sized else DataLoader(_Stream(rows), batch_size=None)
     source, other = Epochs(data, seed=0), Epochs(data, seed=0)
     for _ in range(first):
         source.next_batch()

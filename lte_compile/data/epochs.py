@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
+from random import Random
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -83,7 +84,8 @@ class Epochs:
         if self._rest is not None:
             return next(self._rest, None)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed + self._epoch)
+            # the CPU's alone: on a GPU training draws dropout from another
+            torch.default_generator.manual_seed(Random(f"{self._seed}/{self._epoch}").getrandbits(63))
             self._rest = iter(self._batches)
             return next(self._rest, None)  # where a DataLoader's sampler draws the order
 
@@ -103,5 +105,7 @@ class Epochs:
             self._index += 1
 
     def _identity(self) -> dict[str, int]:
-        length = {"batches": len(self._batches)} if isinstance(self._batches, Sized) else {}
-        return {"seed": self._seed, **length}
+        try:
+            return {"seed": self._seed, "batches": len(self._batches)}  # type: ignore[arg-type]
+        except TypeError:  # a stream's length is unknown, and a DataLoader's of one
+            return {"seed": self._seed}
