@@ -92,15 +92,16 @@ def _cache_layers(model: nn.Module) -> Past:
         )
     ids = torch.ones(1, 2, dtype=torch.int64, device=model.device)
     with torch.no_grad():
-        cache: Any = model(input_ids=ids, use_cache=True).past_key_values
+        cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     layers = getattr(cache, "layers", [])
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     is_plain = isinstance(cache, DynamicCache) and all(
         isinstance(tensor, Tensor) and tensor.dim() == 4 for pair in pairs for tensor in pair
     )
     if not pairs or not is_plain:
+        where = "inside its layers" if cache is None else f"in a {type(cache).__name__}"
         raise ValueError(
-            f"{type(model).__name__} keeps its state in a {type(cache).__name__}, not as keys and values per layer; "
+            f"{type(model).__name__} keeps its state {where}, not as keys and values per layer; "
             "export it without kv_cache"
         )
     return pairs  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte_compile.config import TransformConfig
 from lte_compile.exporters.runtime import OrtGenerator, max_abs_difference, open_session, run
@@ -148,6 +149,21 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, classifier: nn.M
     path = tmp_path / arguments.pop("path", "m.onnx")
     with pytest.raises(ValueError, match=message):
         export_onnx(classifier, path, **{"example_inputs": torch.randn(2, 16), **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "where"),
+    [
+        ("recurrent_gemma", {"lru_width": 16, "block_types": ["recurrent", "attention"]}, "inside its layers"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "in a DynamicCache"),
+    ],
+)
+def test_caches_of_other_kinds_are_refused(kind: str, extra: dict[str, Any], where: str, tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=32, num_key_value_heads=1, **size, **extra)
+    with pytest.raises(ValueError, match=f"keeps its state {where}, not as keys and values per layer"):
+        export_onnx(AutoModelForCausalLM.from_config(config), tmp_path / "m.onnx", kv_cache=True, dense=True)
     assert not list(tmp_path.iterdir())
 
 
