@@ -21,6 +21,7 @@ from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import Router
 
 LEARNING_RATE = 1e-3  # Adam, the authors' code
+TOKENS = 1024  # a step, the authors' code
 # R = D / 8: the authors' 1,024 at D = 12,288 is D / 12, which on models as small as ours leaves ranks of 32.
 WIDTH_PER_RANK = 8
 
@@ -49,12 +50,12 @@ def deja_vu(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
         model = dense_with_experts(bench, config)
-        routers = routed_by(model, LowRankRouter)
+        routers = routed_by(model, LowRankRouter, bench.config.seed)
 
         def loss(router: LowRankRouter, x_TD: Tensor, hidden_TF: Tensor) -> Tensor:
             return F.binary_cross_entropy_with_logits(router.logits(x_TD), top_share(hidden_TF.abs(), density))
 
-        learn_from_traces(bench, model, loss, routers, LEARNING_RATE)
+        learn_from_traces(bench, model, loss, routers, LEARNING_RATE, TOKENS)
         with at_share(model, density):
             yield model
 

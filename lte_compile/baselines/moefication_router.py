@@ -21,6 +21,7 @@ from lte_compile.passes.ir import FfnSite
 from lte_compile.routing.router import Router
 
 LEARNING_RATE = 0.01  # Adam, the authors' code
+TOKENS = 512  # a step, the authors' code
 
 
 class MlpRouter(Router):
@@ -44,8 +45,8 @@ class MlpRouter(Router):
 @method("moefication", title="MoEfication, router", granularity=Granularity.EXPERT, needs=Needs.TEXT)
 def moefication(bench: Workbench) -> AtDensity:
     model = dense_with_experts(bench, replace(bench.transform, grouping=Grouping.BALANCED_KMEANS))
-    routers = routed_by(model, MlpRouter)
-    learn_from_traces(bench, model, _loss, routers, LEARNING_RATE)
+    routers = routed_by(model, MlpRouter, bench.config.seed)
+    learn_from_traces(bench, model, _loss, routers, LEARNING_RATE, TOKENS)
 
     def at(density: float) -> AbstractContextManager[nn.Module]:
         return at_share(model, density)

@@ -55,10 +55,11 @@ class NoisyTopKRouter(Router):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         wide_TD = x_TD.float()
-        logits_TE = F.linear(wide_TD, self.weight)
-        if not self.training:
-            return logits_TE
-        return logits_TE + torch.randn_like(logits_TE) * F.softplus(F.linear(wide_TD, self.noise_weight))
+        with torch.autocast(x_TD.device.type, enabled=False):  # in float32, as LTE's
+            logits_TE = F.linear(wide_TD, self.weight)
+            if not self.training:
+                return logits_TE
+            return logits_TE + torch.randn_like(logits_TE) * F.softplus(F.linear(wide_TD, self.noise_weight))
 
 
 @method("noisy-topk", title="Noisy top-k", granularity=Granularity.EXPERT, needs=Needs.TRAINING, fits_each_density=True)

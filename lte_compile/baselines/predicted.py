@@ -29,8 +29,18 @@ PredictionLoss: TypeAlias = Callable[[R, Tensor, Tensor], Tensor]  # (router, x 
 RULE = "top_share"
 
 
-def routed_by(model: nn.Module, make: MakeRouter[R]) -> tuple[R, ...]:
-    """Put routers from `make(site, config, like)` in the place of LTE's, in a transformed model."""
+def routed_by(model: nn.Module, make: MakeRouter[R], seed: int = 0) -> tuple[R, ...]:
+    """Put routers from `make(site, config, like)` in the place of LTE's, in a transformed model.
+
+    What they draw depends on the seed alone, not on what was run before.
+    """
+    devices = {old.weight.device for old in require_routers(model) if old.weight.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return _routed_by(model, make)
+
+
+def _routed_by(model: nn.Module, make: MakeRouter[R]) -> tuple[R, ...]:
     made = []
     for old in require_routers(model):
         if len(old.site.places) > 1:
@@ -73,22 +83,27 @@ def set_share(model: nn.Module, density: float) -> None:
 
 
 def learn_from_traces(
-    bench: Workbench, model: nn.Module, loss: PredictionLoss[R], routers: tuple[R, ...], rate: float
+    bench: Workbench, model: nn.Module, loss: PredictionLoss[R], routers: tuple[R, ...], rate: float, tokens: int
 ) -> None:
-    """Train each router by Adam on what the dense model's FFNs read and compute, batch by batch, storing nothing."""
+    """Train each router by Adam on what the dense model's FFNs read and compute, `tokens` a step, storing nothing."""
     device = next(model.parameters()).device.type
     with in_stage(model, Stage.DENSE), torch.autocast(device, torch.bfloat16, enabled=bench.config.autocast):
-        watch_ffns(model, bench.traces(), {router.site: _learner(router, loss, rate) for router in routers})
+        watch_ffns(model, bench.traces(), {r.site: _learner(r, loss, rate, tokens) for r in routers})
 
 
-def _learner(router: R, loss: PredictionLoss[R], rate: float) -> SeeFfn:
+def _learner(router: R, loss: PredictionLoss[R], rate: float, tokens: int) -> SeeFfn:
     optimizer = Adam(router.parameters(), lr=rate)
 
-    def learn(x_TD: Tensor, hidden_TF: Tensor) -> None:
+    def step(x_TD: Tensor, hidden_TF: Tensor) -> None:
         with torch.enable_grad(), torch.autocast(x_TD.device.type, enabled=False):
             value = loss(router, x_TD.float(), hidden_TF.float())
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+    def learn(x_TD: Tensor, hidden_TF: Tensor) -> None:
+        """The model runs on large batches, to be fast; routers learn in many small steps."""
+        for x_SD, hidden_SF in zip(torch.split(x_TD, tokens), torch.split(hidden_TF, tokens), strict=True):
+            step(x_SD, hidden_SF)
 
     return learn

@@ -63,10 +63,20 @@ def fit_thresholds(
 def _sampler(selector: ThresholdSelector, parts: list[list[Tensor]]) -> SeeFfn:
     def sample(x_TD: Tensor, hidden_TF: Tensor) -> None:
         for values, magnitude in zip(parts, selector.magnitudes(x_TD, hidden_TF), strict=True):
-            flat = magnitude.float().flatten()
-            values.append(flat[:: max(len(flat) // SAMPLED_VALUES, 1)])
+            values.append(spread_sample(magnitude.float().flatten()))
 
     return sample
+
+
+def spread_sample(values_N: Tensor) -> Tensor:
+    """SAMPLED_VALUES of the values, drawn evenly; all of them if they are no more.
+
+    At random: every k-th value is of the same few neurons wherever k shares a factor with their number.
+    """
+    if len(values_N) <= SAMPLED_VALUES:
+        return values_N
+    generator = torch.Generator(values_N.device).manual_seed(0)
+    return values_N[torch.randint(len(values_N), (SAMPLED_VALUES,), generator=generator, device=values_N.device)]
 
 
 def _quantile(values: Tensor, share: float) -> float:

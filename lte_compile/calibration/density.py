@@ -61,7 +61,9 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, densities: Sequence
     if not densities:
         _calibrate(model, batches)
         return model
-    batches, found = list(batches), require_routers(model)
+    if wrong := [density for density in densities if not 0.0 < density <= 1.0]:
+        raise ValueError(f"densities must lie in (0, 1]; got {wrong[0]!r}")
+    batches, found = list(at_least_one(batches)), require_routers(model)
     before = [router.threshold for router in found]
     tables = []
     for density in sorted(densities, reverse=True):  # their thresholds rise

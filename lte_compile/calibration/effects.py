@@ -21,6 +21,7 @@ from lte_compile.calibration.fitting import FIT_ROUNDS, fit_routers
 from lte_compile.calibration.watching import SeeFfn, down_norms, watching
 from lte_compile.config import FitTarget, Stage
 from lte_compile.passes.ir import FfnSite
+from lte_compile.rewriting.hooks import is_convolution
 from lte_compile.rewriting.naming import current_sites
 from lte_compile.rewriting.permutation import up_projection
 from lte_compile.routing.linear_fit import RouterFit, cut_at_density
@@ -126,4 +127,5 @@ class _Calls:
     def sizes(self, gradients: Any) -> list[Tensor]:
         """Length of each call's gradient for every token that counts; takes as many as there are calls."""
         masks = [self.padding.mask_of(module, self.padding.current) for module in self.modules]
-        return [drop_padding(next(gradients), mask).float().norm(dim=-1) for mask in masks]
+        widths_last = (next(gradients).movedim(1 if is_convolution(module) else -1, -1) for module in self.modules)
+        return [drop_padding(each, mask).float().norm(dim=-1) for each, mask in zip(widths_last, masks, strict=True)]

@@ -126,10 +126,28 @@ def has_classifier(path: Path, labels: Sequence[str]) -> bool:
     """Whether a directory holds a classifier trained for these labels. Unnamed ones count by their number."""
     if not _architecture(path).endswith("ForSequenceClassification"):
         return False
-    names = {int(index): name for index, name in (_config(path).get("id2label") or {}).items()}
-    own = tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")  # transformers' default
-    unnamed = tuple(f"LABEL_{index}" for index in range(len(labels)))
-    return own in (tuple(labels), unnamed)
+    return _labels_of(path) in (tuple(labels), _unnamed(len(labels)))
+
+
+def labels_in_order(path: Path, labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels as the directory's classifier numbers them: by its names for them, in whatever order, or, where it has
+    none, by the numbers that the labels are. As they are where neither says anything."""
+    if not _architecture(path).endswith("ForSequenceClassification"):
+        return tuple(labels)
+    own, numbers = _labels_of(path), tuple(map(str, range(len(labels))))
+    if set(own) == set(labels):
+        return own
+    return numbers if own == _unnamed(len(labels)) and set(numbers) == set(labels) else tuple(labels)
+
+
+def _labels_of(path: Path) -> tuple[str, ...]:
+    names = {int(index): str(name) for index, name in (_config(path).get("id2label") or {}).items()}
+    return tuple(names[index] for index in sorted(names)) or _unnamed(2)  # transformers' default
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls labels that were given no names."""
+    return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def _architecture(path: Path) -> str:

@@ -22,6 +22,7 @@ from lte_compile.cli.output import Outcome, finite
 from lte_compile.cli.preparing import (
     changed_settings,
     check_output,
+    content_of,
     encode,
     find_model,
     find_task,
@@ -85,7 +86,7 @@ class CompareSettings:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for points to stand in one table."""
-        task = {name: str(value) for name, value in vars(self.task).items()}
+        task = {name: str(value) for name, value in vars(self.task).items()} | content_of(self.task)
         varying = ("checkpoint_every", "compile", "step_graphs", "target_density", "seed")
         config = {name: value for name, value in self.train.to_dict().items() if name not in varying}
         transform = {name: value for name, value in self.transform.to_dict().items() if name != "seed"}
@@ -127,7 +128,7 @@ def compare_methods(settings: CompareSettings) -> Outcome:
 
             return judge
 
-        run_points(
+        failure = _run_points(
             points,
             settings.out / POINTS,
             lambda seed: open_workbench(opened, seed),
@@ -136,7 +137,19 @@ def compare_methods(settings: CompareSettings) -> Outcome:
             validate=judge_on(data.valid_examples()),
             wait=settings.wait,
         )
-    return _report(settings, data, len(test), read_points(settings.out / POINTS))
+    outcome = _report(settings, data, len(test), read_points(settings.out / POINTS))
+    if failure:
+        raise FloatingPointError(f"{failure}; what the others gave is in {settings.out / 'comparison.md'}")
+    return outcome
+
+
+def _run_points(*arguments: Any, **options: Any) -> str:
+    """`run_points`; returns which methods' losses were not finite, once every other has run."""
+    try:
+        run_points(*arguments, **options)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
 
 
 def _points(settings: CompareSettings) -> tuple[Point, ...]:
@@ -159,7 +172,7 @@ def prepare(settings: CompareSettings, device: torch.device, progress: TrainingP
         raise ValueError(f"{settings.model} has routers; methods are compared from a dense model")
     check_output(settings.out, path, overwrite=True)
     _check_settings(settings)
-    task = find_task(settings.task, progress)
+    task = find_task(settings.task, path, progress)
     return Opened(settings, path, task, encode(task, load_tokenizer(path), settings.task), device, progress)
 
 
@@ -171,7 +184,7 @@ def open_workbench(opened: Opened, seed: int) -> Workbench:
     directory = settings.out / CHECKPOINTS / f"seed{seed}"
     torch.manual_seed(seed)  # of a new head
     with progress.working("loading"):
-        model, _ = load_for(opened.task, opened.path)
+        model, _ = load_for(opened.task, opened.path, settings.task)
     model.to(device)
     encoded = data.training_batches(seed, few_lengths=config.records_steps)  # tokenized once; copies are handed out
 

@@ -126,7 +126,7 @@ def _activations(
 ) -> Mapping[str, Tensor]:
     if settings.task is None or settings.config.grouping is not Grouping.COACTIVATION:
         return {}
-    task = encode(find_task(settings.task, progress), load_tokenizer(path), settings.task)
+    task = encode(find_task(settings.task, path, progress), load_tokenizer(path), settings.task)
     held_out = task.held_out(ACTIVATION_BATCHES, next(model.parameters()).device)
     return activations_for(model, settings.config, held_out)
 

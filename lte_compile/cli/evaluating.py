@@ -50,10 +50,10 @@ def evaluate_model(name: str, options: TaskOptions, densities: Sequence[float], 
         path = find_model(name, progress)
         if densities and not is_transformed(path):
             raise ValueError(f"{name} has no routers, so its density is 1; train it first (lte-compile train)")
-        task = find_task(options, progress)
+        task = find_task(options, path, progress)
         _check_head(path, task)
         with progress.working("loading"):
-            model, tokenizer = load_for(task, path)
+            model, tokenizer = load_for(task, path, options)
         model.to(pick_device(device))
         data = encode(task, tokenizer, options)
         test = data.test_examples()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
+import re
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,20 @@ import torch
 import transformers
 from torch import nn
 
-from lte_compile.checkpoints.loading import load_causal_lm, load_classifier
+from lte_compile.checkpoints.loading import labels_in_order, load_causal_lm, load_classifier
 from lte_compile.cli.options import TaskOptions
 from lte_compile.config import TransformConfig
 from lte_compile.data.models import resolve_model
 from lte_compile.data.provenance import read_provenance
 from lte_compile.data.tasks import LabelledTask, Task
+from lte_compile.data.user_files import is_user_file
 from lte_compile.evaluation.tasks import DEFAULT_SIZES, EncodedTask, TaskKind, TaskSize, kind_of, open_task
 from lte_compile.serving.ort_library import ort_library_path
 from lte_compile.training.config import TrainConfig
 from lte_compile.training.progress import TrainingProgress
+
+# What architectures call their table of position embeddings: embed_positions, position_embeddings, wpe.
+_POSITIONS = re.compile(r"position|wpe")
 
 
 def find_model(name: str, progress: TrainingProgress) -> Path:
@@ -59,6 +67,29 @@ def changed_settings(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> s
     before, now = known | dict(recorded), known | dict(asked)
     differing = sorted(name for name in recorded.keys() | asked.keys() if before.get(name) != now.get(name))
     return ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in differing)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the directory inside the block, made if it is missing; a ValueError if another process does."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {out}; wait for it, or choose another directory") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def content_of(options: TaskOptions) -> dict[str, str]:
+    """What a file of the user's holds, for settings: a run must not go on with other texts."""
+    path = Path(options.name)
+    return (
+        {"task_sha256": sha256(path.read_bytes()).hexdigest()} if is_user_file(options.name) and path.is_file() else {}
+    )
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
@@ -102,16 +133,38 @@ def pick_device(name: str) -> torch.device:
     raise ValueError(f"there is no device {name!r} here: torch sees {torch.cuda.device_count()} GPUs")
 
 
-def find_task(options: TaskOptions, progress: TrainingProgress) -> Task:
-    """The task of a command line, fetched if need be."""
+def find_task(options: TaskOptions, path: Path, progress: TrainingProgress) -> Task:
+    """The task of a command line, fetched if need be, its labels numbered as the model at `path` does."""
     kind = _kind(options.kind) if options.kind else None
     with progress.working(f"reading {options.name}"):
-        return open_task(options.name, kind)
+        task = open_task(options.name, kind)
+    return task.in_order(labels_in_order(path, task.labels)) if isinstance(task, LabelledTask) else task
 
 
-def load_for(task: Task, path: Path) -> tuple[nn.Module, Any]:
-    """The model with the head that the task needs, and its tokenizer."""
-    return load_classifier(path, task.labels) if isinstance(task, LabelledTask) else load_causal_lm(path)
+def load_for(task: Task, path: Path, options: TaskOptions) -> tuple[nn.Module, Any]:
+    """The model with the head that the task needs, and its tokenizer.
+
+    Raises:
+        ValueError: as `load_classifier` and `load_causal_lm`, or more tokens asked for than the model has positions.
+    """
+    is_labelled = isinstance(task, LabelledTask)
+    model, tokenizer = load_classifier(path, task.labels) if isinstance(task, LabelledTask) else load_causal_lm(path)
+    name, asked = ("max-length", options.max_length) if is_labelled else ("window", options.window)
+    positions = position_table(model)
+    if positions is not None and asked > positions:
+        raise ValueError(f"{path} has {positions} positions; got --{name} {asked}: give at most that many tokens")
+    return model, tokenizer
+
+
+def position_table(model: nn.Module) -> int | None:
+    """How many tokens a model reads that has an embedding for every position; None where positions are computed."""
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(name)]
+    if not isinstance(most, int) or not any(table.num_embeddings >= most for table in tables):
+        return None
+    # RoBERTa counts from behind its padding's row
+    return min([most, *(t.num_embeddings - t.padding_idx - 1 for t in tables if t.padding_idx is not None)])
 
 
 def encode(task: Task, tokenizer: Any, options: TaskOptions) -> EncodedTask:

@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from lte_compile.calibration.density import calibrate
+from lte_compile.calibration.effects import fit_to
 from lte_compile.checkpoints.loading import has_classifier
 from lte_compile.checkpoints.persistence import save_pretrained
 from lte_compile.cli.converting import ACTIVATION_BATCHES, activations_for
@@ -27,8 +29,10 @@ from lte_compile.cli.evaluating import place_threshold
 from lte_compile.cli.options import TaskOptions
 from lte_compile.cli.output import Outcome
 from lte_compile.cli.preparing import (
+    alone_in,
     changed_settings,
     check_output,
+    content_of,
     encode,
     find_model,
     find_task,
@@ -47,7 +51,7 @@ from lte_compile.training.checkpointing import latest_checkpoint
 from lte_compile.training.config import Phase, TrainConfig
 from lte_compile.training.distributed import Processes, device_of_process, join
 from lte_compile.training.launch import ReportedOnce
-from lte_compile.training.loop import train
+from lte_compile.training.loop import FIT_BATCHES, peek_batches, train
 from lte_compile.training.losses import Batch
 from lte_compile.training.progress import TrainingProgress
 from lte_compile.transform import transform
@@ -88,7 +92,7 @@ class TrainSettings:
         free = ("checkpoint_every", "compile", "step_graphs")
         config = {name: value for name, value in self.train.to_dict().items() if name not in free}
         start = {"finetune_steps": self.finetune_steps, "finetune_learning_rate": self.finetune_learning_rate}
-        return {"model": self.model, **task, **self.transform.to_dict(), **config, **start}
+        return {"model": self.model, **task, **content_of(self.task), **self.transform.to_dict(), **config, **start}
 
 
 def train_model(settings: TrainSettings) -> Outcome:
@@ -116,23 +120,24 @@ def _train_model(
     with progress:
         with processes.first_before_others():
             path = find_model(settings.model, progress)
-            task = find_task(settings.task, progress)
+            task = find_task(settings.task, path, progress)
         _check_output(settings, path)
         torch.manual_seed(settings.train.seed)  # of a new head
         with progress.working("loading"):
-            model, tokenizer = load_for(task, path)
+            model, tokenizer = load_for(task, path, settings.task)
         model.to(device)
         finetune_steps = finetune_steps_of(settings.finetune_steps, path, task)
         data = encode(task, tokenizer, settings.task)
         _check_batch_size(data, processes)
         processes.wait()  # until all have looked at OUT
-        if processes.is_first:
-            _note_settings(settings)
-        processes.wait()
-        trained = _run(model, data, settings, finetune_steps, progress, start)
-        if processes.is_first:
-            with progress.working("saving"):
-                save_pretrained(model.cpu(), settings.out, tokenizer)
+        with alone_in(settings.out) if processes.is_first else nullcontext():
+            if processes.is_first:
+                _note_settings(settings)
+            processes.wait()
+            trained = _run(model, data, settings, finetune_steps, progress, start)
+            if processes.is_first:
+                with progress.working("saving"):
+                    save_pretrained(model.cpu(), settings.out, tokenizer)
     return training_outcome(trained, settings.model, settings.out, settings.train)
 
 
@@ -164,11 +169,16 @@ def _run(
         with progress.working("transforming"):
             activations = activations_for(model, settings.transform, data.held_out(ACTIVATION_BATCHES, device))
             transform(model, settings.transform, activations=activations)
+    elif kept := kept_options(model, settings.transform):
+        progress.say(f"{settings.model} has routers already, which stay as they are: {kept}")
     # Trained routers are where training goes on from; fitting would throw away what they learned.
     config = replace(settings.train, fit_router=settings.train.fit_router and not are_trained)
+    batches = data.training_batches(config.seed, few_lengths=config.records_steps)
+    if config.fit_router and not config.stage1_steps:  # else stage 1 does it
+        fit_to(config.fit_target, model, peek_batches(model, batches, FIT_BATCHES), config.target_density)
     train(
         model,
-        data.training_batches(config.seed, few_lengths=config.records_steps),
+        batches,
         config,
         held_out=held_out,
         teacher=teacher,
@@ -192,6 +202,13 @@ def _run(
         finetune_steps=finetune_steps,
         seconds=perf_counter() - start,
     )
+
+
+def kept_options(model: nn.Module, asked: TransformConfig) -> str:
+    """How a transformed model's routers differ from those that were asked for, in words."""
+    own, now = next(routers(model)).config.to_dict(), asked.to_dict()
+    names = ("expert_size", "router", "grouping")
+    return ", ".join(f"{name} is {own[name]}, asked for {now[name]}" for name in names if own[name] != now[name])
 
 
 def _finetune(

@@ -114,6 +114,7 @@ def run_points(
     """
     run = _Run(directory / CLAIMS, directory, open_bench, judge, say, validate)
     missing = [point for point in points if not run.path(point).exists()]
+    read_points(directory)  # a damaged one is to be known of before the work
     if done := len(points) - len(missing):
         say(f"{done} of {len(points)} points are there already")
     pieces = _pieces(points)
@@ -247,7 +248,10 @@ def read_points(directory: Path) -> tuple[PointResult, ...]:
 
 def read_point(path: Path) -> PointResult:
     """A result as it was written. Raises ValueError for a file of something else."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to run that point again") from None
     known = {field.name for field in fields(PointResult)}
     newer = {field.name for field in fields(PointResult) if field.default is None}  # results from before lack them
     if differing := (set(record) ^ known) - (newer - set(record)):

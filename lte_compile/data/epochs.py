@@ -76,6 +76,9 @@ class Epochs:
                 "a batch to train on is a mapping of keyword arguments for the model, `labels` among them; got "
                 f"{type(batch).__name__}: let the dataset or its collate_fn return a dict"
             )
+        if others := [name for name, value in batch.items() if not isinstance(value, Tensor)]:
+            kind = type(batch[others[0]]).__name__
+            raise ValueError(f"a batch to train on holds tensors, rows first; {others[0]!r} is a {kind}: collate it")
         self._index += 1
         return batch
 

@@ -51,6 +51,15 @@ class LabelledTask:
     test: tuple[Row, ...]
     labels: tuple[str, ...]
 
+    def in_order(self, labels: Sequence[str]) -> LabelledTask:
+        """The same with its labels numbered in another order."""
+        number = {label: index for index, label in enumerate(labels)}
+
+        def numbered(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+            return tuple((text, number[self.labels[label]]) for text, label in rows)
+
+        return LabelledTask(self.name, numbered(self.train), numbered(self.valid), numbered(self.test), tuple(labels))
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -78,7 +78,19 @@ def _records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
         if missing := [column for column in columns if row.get(column) is None]:
             found = sorted(str(name) for name, value in row.items() if value is not None)
             raise ValueError(f"{path}, line {line}: no column {missing[0]!r}; found {found}")
-        yield line, {column: str(row[column]) for column in columns}
+        values = {column: str(row[column]) for column in columns}
+        if broken := [column for column, value in values.items() if not _is_text(value)]:
+            raise ValueError(f"{path}, line {line}: {broken[0]!r} holds half of a surrogate pair, which is no text")
+        yield line, values
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON may escape single surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

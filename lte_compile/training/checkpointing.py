@@ -90,6 +90,9 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     if set(state) != set(own):
         differing = sorted(set(state) ^ set(own))
         raise ValueError(f"{checkpoint} is of another model: {len(differing)} names differ, such as {differing[0]!r}")
+    if differing := [name for name in state if state[name].shape != own[name].shape]:
+        name, has, needs = differing[0], *(list(tensors[differing[0]].shape) for tensors in (state, own))
+        raise ValueError(f"{checkpoint} is of another model: {name!r} is {has} there and {needs} here")
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ def check_request(
     _check_weights(model, phases)
 
 
+def as_held_out(batches: Iterable[Batch]) -> tuple[Batch, ...]:
+    """Held-out batches, to be run again and again; a ValueError for a single one."""
+    if isinstance(batches, Mapping):
+        raise ValueError("held_out are several batches, in a list or a DataLoader; got one: put it into a list")
+    return tuple(batches)
+
+
 def _check_distillation(model: nn.Module, config: TrainConfig, teacher: nn.Module | None) -> None:
     if teacher is None:
         raise ValueError("distillation needs a teacher: pass teacher=copy.deepcopy(model) taken before transform")
@@ -54,6 +61,19 @@ def _check_weights(model: nn.Module, phases: Sequence[Phase]) -> None:
         return
     if idle := [phase.name for phase in phases if phase.steps and not phase.trains_routers]:
         raise ValueError(f"nothing would train in {idle[0]}: all weights but the routers' are frozen; give it no steps")
+
+
+def check_phases(checkpoint: Path, progress: Mapping[str, Any], phases: Sequence[Phase]) -> None:
+    """A ValueError if the checkpoint's place is none in these phases; older checkpoints do not say."""
+    index, done = progress["phase"], progress["step"]
+    before, now = [tuple(phase) for phase in progress.get("phases", [])], [(p.name, p.steps) for p in phases]
+    is_there = index < len(now) and now[:index] == before[:index] and now[index][0] == before[index][0]
+    if before and not (is_there and done <= now[index][1]):
+        listed, name = ", ".join(f"{name} of {steps} steps" for name, steps in before), before[index][0]
+        raise ValueError(
+            f"{checkpoint} is at step {done} of {name} in a run of {listed}; give phases that are the same up to "
+            "there, or another directory"
+        )
 
 
 def check_config(checkpoint: Path, recorded: Mapping[str, Any], config: TrainConfig) -> None:

@@ -38,7 +38,7 @@ from lte_compile.training.checkpointing import (
     restore_random,
     save_checkpoint,
 )
-from lte_compile.training.checks import check_config, check_request
+from lte_compile.training.checks import as_held_out, check_config, check_phases, check_request
 from lte_compile.training.config import Phase, TrainConfig, lte_phases
 from lte_compile.training.controller import DensityController, Multiplier
 from lte_compile.training.distributed import Processes, Replica, join, require_plain
@@ -134,7 +134,7 @@ def train(
         FloatingPointError: the loss became NaN or infinite; the newest checkpoint is intact.
     """
     phases = tuple(lte_phases(config) if phases is None else phases)
-    batches, held_out = endless(batches, config.seed), tuple(held_out)
+    batches, held_out = endless(batches, config.seed), as_held_out(held_out)
     check_request(model, config, phases, held_out, teacher)
     processes = join(next(model.parameters()).device, shard=shard)
     run = _Run(
@@ -151,7 +151,7 @@ def train(
         processes=processes,
     )
     checkpoint = latest_checkpoint(directory) if directory else None
-    first_phase, first_step = _resume(run, checkpoint) if checkpoint else (0, 0)
+    first_phase, first_step = _resume(run, phases, checkpoint) if checkpoint else (0, 0)
     _start_together(run, checkpoint)
     if not checkpoint:
         torch.manual_seed(config.seed)
@@ -209,7 +209,7 @@ def _run_phase(run: _Run, phases: Sequence[Phase], index: int, first_step: int, 
             while len(unread) > (0 if at_once else 1):
                 _report(run, phase, replica.model, *unread.pop(0))
             if saves and run.directory:
-                progress = _progress(run, index, done)
+                progress = _progress(run, phases, index, done)
                 save_checkpoint(run.directory, number + done, replica.model, optimizer, progress, processes)
                 processes.reseed(run.config.seed, number + done)
         if graph is not None:
@@ -415,8 +415,9 @@ def _interval(run: _Run, phase: Phase) -> int:
     return run.config.measure_every * (1 if phase.trains_routers else _REST)
 
 
-def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
+def _progress(run: _Run, phases: Sequence[Phase], phase: int, step: int) -> dict[str, Any]:
     return {
+        "phases": [[phase.name, phase.steps] for phase in phases],
         "phase": phase,
         "step": step,
         "config": run.config.to_dict(),
@@ -429,10 +430,11 @@ def _progress(run: _Run, phase: int, step: int) -> dict[str, Any]:
     }
 
 
-def _resume(run: _Run, checkpoint: Path) -> tuple[int, int]:
+def _resume(run: _Run, phases: Sequence[Phase], checkpoint: Path) -> tuple[int, int]:
     """Restore everything but optimizer and random state; returns the phase and step to go on with."""
     progress = read_progress(checkpoint)
     check_config(checkpoint, progress.get("config", {}), run.config)
+    check_phases(checkpoint, progress, phases)
     load_weights(checkpoint, run.model)
     run.batches.load_state_dict(progress["batches"])
     run.controller.load_state_dict(progress["controller"])
