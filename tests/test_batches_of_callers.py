@@ -114,6 +114,17 @@ def test_what_is_no_batch_is_refused(use: Callable[..., Any], given_batches: Any
         use(_bare()[0], given_batches)
 
 
+@pytest.mark.parametrize("densities", [(0.2, 0.0), (1.5,)])
+def test_densities_out_of_range_leave_the_thresholds_alone(densities: tuple[float, ...]) -> None:
+    model, x_BD = _bare()
+    before = [router.threshold for router in lte.routers(model)]
+    with pytest.raises(ValueError, match=r"densities must lie in \(0, 1\]"):
+        lte.calibrate(model, [x_BD], densities=densities)
+    with pytest.raises(ValueError, match="put a single one into a list"):
+        lte.calibrate(model, x_BD, densities=(0.2,))
+    assert [router.threshold for router in lte.routers(model)] == before
+
+
 def test_a_model_without_logits_is_refused() -> None:
     class Pair(Bare):
         def forward(self, x: Tensor, shift: float = 0.0) -> Any:
@@ -234,7 +245,11 @@ def test_data_that_cannot_be_gone_through_again_is_refused(data: Any, reason: st
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [([], "no batches were given"), ([torch.zeros(3)], "a batch to train on is a mapping.*got Tensor")],
+    [
+        ([], "no batches were given"),
+        ([torch.zeros(3)], "a batch to train on is a mapping.*got Tensor"),
+        ([{"inputs": [1, 2], "labels": [0]}], "holds tensors, rows first; 'inputs' is a list"),
+    ],
 )
 def test_batches_that_cannot_be_trained_on_are_refused(data: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+import transformers as tf
 from torch import Tensor, nn
 
 from lte_compile.capture.capture import Call, capture, capture_all, capture_by_dynamo, dummy_inputs
@@ -164,6 +165,14 @@ def test_dummy_inputs_run(family: str) -> None:
 def test_dummy_inputs_follow_the_models_dtype(dtype: torch.dtype) -> None:
     model, _ = build("vit", dtype)
     assert dummy_inputs(model)["pixel_values"].dtype is dtype
+
+
+def test_an_end_token_outside_of_the_vocabulary_is_left_out() -> None:
+    """A GPT2Config with fewer tokens than GPT-2 has keeps its end token, 50256."""
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    inputs = dummy_inputs(model)
+    assert int(inputs["input_ids"].max()) < 40
+    model(**inputs)
 
 
 def test_unknown_main_inputs_are_named() -> None:

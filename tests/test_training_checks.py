@@ -18,7 +18,7 @@ from lte_compile.config import TransformConfig
 from lte_compile.routing.router import routers
 from lte_compile.training.checkpointing import latest_checkpoint
 from lte_compile.training.config import TrainConfig
-from lte_compile.training.loop import train
+from lte_compile.training.loop import StepEvent, train
 from lte_compile.transform import transform
 from tests.planted import Planted, PlantedBatches, batches, example
 
@@ -35,6 +35,48 @@ def _frozen() -> nn.Module:
     for router in routers(model):
         router.requires_grad_(True)
     return model
+
+
+@pytest.mark.parametrize(
+    ("stop", "changes", "reason"),
+    [
+        (3, {"stage1_steps": 1}, "is at step 2 of stage 1 in a run of stage 1 of 4 steps, stage 2 of 2 steps"),
+        (3, {"stage1_steps": 0}, "give phases that are the same up to there"),
+        (6, {"stage1_steps": 8}, "is at step 1 of stage 2"),
+        (6, {"stage1_steps": 0}, "is at step 1 of stage 2"),
+    ],
+)
+def test_phases_that_were_others_so_far_are_refused(
+    stop: int, changes: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    class StoppedError(RuntimeError):
+        pass
+
+    def stopping(event: StepEvent) -> None:
+        if event.step + (4 if event.phase == "stage 2" else 0) == stop:
+            raise StoppedError
+
+    config = replace(CONFIG, checkpoint_every=1 if stop > 4 else 2)
+    with pytest.raises(StoppedError):
+        train(_model(), PlantedBatches(0), config, held_out=HELD_OUT, directory=tmp_path, on_step=stopping)
+    with pytest.raises(ValueError, match=reason):
+        train(_model(), PlantedBatches(0), replace(config, **changes), held_out=HELD_OUT, directory=tmp_path)  # type: ignore[arg-type]
+    events = train(_model(), PlantedBatches(0), replace(config, stage2_steps=5), held_out=HELD_OUT, directory=tmp_path)
+    assert [event.phase for event in events] == ["stage 1"] * 4 + ["stage 2"] * 5
+
+
+def test_a_checkpoint_of_other_shapes_changes_nothing(tmp_path: Path) -> None:
+    train(_model(), PlantedBatches(0), CONFIG, held_out=HELD_OUT, directory=tmp_path)
+    other = transform(Planted(), TransformConfig(expert_size=16), example())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"is of another model: .* is \[4.*\] there and \[2.*\] here"):
+        train(other, PlantedBatches(0), CONFIG, held_out=HELD_OUT, directory=tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_single_held_out_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"held_out are several batches.*put it into a list"):
+        train(_model(), PlantedBatches(0), CONFIG, held_out=HELD_OUT[0])  # type: ignore[arg-type]
 
 
 def test_batches_without_labels_are_refused() -> None:

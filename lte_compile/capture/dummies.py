@@ -53,15 +53,19 @@ def _like(value: Tensor, anchor: Tensor) -> Tensor:
 
 
 def _token_ids(config: Any, tokens: int) -> Tensor:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(text.vocab_size)
     ids = torch.arange(BATCH * tokens).reshape(BATCH, tokens)
-    return (ids + 3) % vocabulary  # starts past the usual pad, begin and end tokens
+    return (ids + 3) % _vocabulary(config)  # starts past the usual pad, begin and end tokens
+
+
+def _vocabulary(config: Any) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.vocab_size)
 
 
 def _text(config: Any) -> dict[str, Tensor]:
     ids = _token_ids(config, TEXT_TOKENS)
-    if (end := getattr(config, "eos_token_id", None)) is not None and isinstance(end, int):
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < _vocabulary(config):  # a small GPT2Config keeps the large one's 50256
         ids[:, -1] = end  # encoder-decoder classifiers read the position of the last end token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

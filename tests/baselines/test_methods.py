@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lte_compile.baselines import METHODS, AtDensity, Granularity, Needs, Workbench, find_method, method
+from lte_compile.baselines.thresholds import spread_sample
 from lte_compile.evaluation.meter import SelectionReport
 from lte_compile.evaluation.quality import Evaluation, evaluate
 from lte_compile.evaluation.selectors import Selector, installed
@@ -146,6 +147,30 @@ def test_a_dense_model_that_learns_from_the_start_alone_stays_close_to_it(bench:
     start, learned, stayed = (model(**inputs).logits.softmax(-1).detach() for model in models)
     # Adam's steps are as long as ever, whatever the gradients: it does not stay where it was.
     assert (stayed - start).abs().mean() < 0.6 * (learned - start).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["moefication", "deja-vu", "noisy-topk", "random"])
+def test_a_method_does_not_depend_on_what_ran_before(bench: Workbench, name: str) -> None:
+    [first, second] = [_drawn(bench, name, seed) for seed in (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _drawn(bench: Workbench, name: str, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)  # of whatever went before
+    with find_method(name).fit(bench)(0.5) as model:
+        return [p.detach().clone() for router in routers(model) for p in router.parameters()]
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_the_sample_for_thresholds_is_of_all_neurons(tokens: int) -> None:
+    """4096 tokens of 1536 neurons: every k-th value would be of 16 neurons."""
+    scale_F = torch.linspace(0.1, 2, 1536)
+    draw = torch.Generator().manual_seed(0)
+    values_TF = torch.randn(tokens, 1536, generator=draw).abs() * scale_F
+    for share in (0.1, 0.3, 0.5):
+        threshold = spread_sample(values_TF.flatten()).quantile(1 - share)
+        # the deviation of a share of 65,536 draws is below .002
+        assert (values_TF > threshold).float().mean() == pytest.approx(share, abs=0.01)
 
 
 def test_noise_is_for_training_only(bench: Workbench) -> None:
