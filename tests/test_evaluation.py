@@ -68,6 +68,15 @@ def test_nothing_to_evaluate_is_an_error() -> None:
             evaluate(model, batches)
 
 
+def test_layers_that_share_an_ffn_cost_every_run() -> None:
+    model, inputs = routed("albert", torch.float32)
+    result = evaluate(model, [{**inputs, "labels": torch.zeros(2, dtype=torch.int64)}])
+    assert result.selection is not None
+    assert result.selection.tokens == int(inputs["attention_mask"].sum())
+    dense = zoo.LAYERS * 2 * 2 * zoo.WIDTH * zoo.HIDDEN
+    assert result.selection.flops_per_token == pytest.approx(result.selection.weight_share * dense)
+
+
 @pytest.mark.parametrize(("name", "matrices"), [("bert", 2), ("llama", 3)])
 def test_flops_count_active_neurons_and_routers(name: str, matrices: int) -> None:
     model, _ = routed(name, torch.float32)

@@ -74,6 +74,12 @@ def test_a_checkpoint_of_other_shapes_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_a_teacher_is_left_in_its_mode() -> None:
+    teacher = Planted().train()
+    train(_model(), PlantedBatches(0), replace(CONFIG, distillation=0.5), held_out=HELD_OUT, teacher=teacher)
+    assert teacher.training
+
+
 def test_a_single_held_out_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"held_out are several batches.*put it into a list"):
         train(_model(), PlantedBatches(0), CONFIG, held_out=HELD_OUT[0])  # type: ignore[arg-type]

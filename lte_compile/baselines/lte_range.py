@@ -12,7 +12,7 @@ from lte_compile.baselines.registry import AtDensity, Granularity, Needs, method
 from lte_compile.baselines.workbench import Workbench
 from lte_compile.calibration.density import calibrate, place_thresholds
 from lte_compile.config import Stage
-from lte_compile.routing.router import set_stage
+from lte_compile.routing.router import routers, set_stage
 from lte_compile.training.budgets import Budgets
 from lte_compile.training.config import lte_phases
 
@@ -33,10 +33,12 @@ def lte_range(bench: Workbench) -> AtDensity:
     place_thresholds(model, bench.calibration, middle)
     calibrate(model, bench.steering, densities=Budgets(lowest, highest, target=middle).nodes)
     bench.keep(model, "lte-range")
-    bench.forget("lte-range")
+    calibrated = [(router, router.threshold, router.score_quantiles) for router in routers(model)]
 
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
+        for router, threshold, quantiles in calibrated:  # whichever densities were asked for before
+            router.threshold, router.score_quantiles = threshold, quantiles
         place_thresholds(model, bench.calibration, density)
         yield model
 

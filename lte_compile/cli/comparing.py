@@ -157,6 +157,8 @@ def _points(settings: CompareSettings) -> tuple[Point, ...]:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}")
     if settings.dense_steps is not None and settings.dense_steps < 1:
         raise ValueError(f"--dense-steps must be at least 1; got {settings.dense_steps}")
+    if settings.train.checkpoint_every < 1:
+        raise ValueError("--checkpoint-every must be at least 1: methods find the models they share as checkpoints")
     if settings.first_seed < 0:
         raise ValueError(f"--first-seed must be 0 or more; got {settings.first_seed}")
     all_names = ("lte", *sorted(METHODS, key=lambda name: METHODS[name].needs is not Needs.TRAINING))

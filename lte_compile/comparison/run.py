@@ -243,6 +243,8 @@ def read_points(directory: Path) -> tuple[PointResult, ...]:
     """All results of a directory, by seed, method (LTE first, then as registered) and density."""
     order = ["lte", *METHODS]
     results = [read_point(path) for path in directory.glob("*.json")]
+    for result in results:
+        find_method(result.method)  # or its reason
     return tuple(sorted(results, key=lambda r: (r.seed, order.index(r.method), -r.target)))
 
 

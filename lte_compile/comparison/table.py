@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -24,7 +25,9 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
+        if len(values) < 2:
+            return cls(fmean(values), None)
+        return cls(fmean(values), stdev(values) if all(map(isfinite, values)) else nan)
 
 
 @dataclass(frozen=True, kw_only=True)

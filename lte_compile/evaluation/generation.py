@@ -58,6 +58,8 @@ def _continued(model: nn.Module, tokenizer: Any, examples: Sequence[Example], lo
         attention_mask=mask_BL.to(device),
         max_new_tokens=longest,
         do_sample=False,
+        num_beams=1,  # whatever the model's own generation_config has
         pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,  # what completions are trained to end with
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in output[:, length:]]

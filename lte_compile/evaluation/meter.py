@@ -80,7 +80,7 @@ class _Tally:
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source = source
         self.sizes_E = source.expert_sizes.to(device)
-        self.tokens = 0
+        self.tokens = self.calls = 0
         self.active_E = torch.zeros_like(self.sizes_E)
         self.inputs = torch.zeros((), dtype=torch.int64, device=device)
         self.own_weights = 0
@@ -90,6 +90,7 @@ class _Tally:
     def add(self, gates_TE: Tensor) -> None:
         chosen_TE = gates_TE != 0
         self.tokens += len(chosen_TE)
+        self.calls += 1
         self.active_E += chosen_TE.sum(0)
         self.own_weights += len(chosen_TE) * _own_weights(self.source)
         for span in SPANS:  # each is made of pairs of the one before; what does not fill a pair is left out
@@ -136,7 +137,12 @@ class SelectionMeter:
     def __init__(self, model: nn.Module, padding: PaddingReader) -> None:
         self._padding = padding
         self._tallies: dict[Source, _Tally] = {}
+        self._model_calls = 0
         self._itemsize = next((p.element_size() for p in model.parameters()), 4)
+
+    def see_model(self, model: nn.Module, arguments: Any) -> None:
+        """The model begins a call."""
+        self._model_calls += 1
 
     def see_gates(self, source: Source, module: nn.Module, gates_TE: Tensor) -> None:
         """One call's gates, [T, E] with any leading dimensions."""
@@ -159,7 +165,7 @@ class SelectionMeter:
         sites = {name: tally.report() for name, tally in named.items()}
         read = sum(tally.weights_read() for tally in tallies)
         dense = sum(tally.tokens * ffn_weights(tally.source.site) for tally in tallies)
-        tokens = max(tally.tokens for tally in tallies)
+        tokens = self._model_tokens(tallies)
         per_token = read / max(tokens, 1)
         return SelectionReport(
             tokens=tokens,
@@ -174,6 +180,11 @@ class SelectionMeter:
             union_densities=_union_densities(tallies),
             sites=sites,
         )
+
+    def _model_tokens(self, tallies: Sequence[_Tally]) -> int:
+        """Tokens that the model read: an FFN's that runs once a call, or, where layers share one, those of a run."""
+        once = [tally.tokens for tally in tallies if tally.calls == self._model_calls]
+        return max(once or [tally.tokens * self._model_calls // max(tally.calls, 1) for tally in tallies])
 
     def _tally(self, source: Source, device: torch.device) -> _Tally:
         if source not in self._tallies:
@@ -201,6 +212,7 @@ def measuring(model: nn.Module) -> Iterator[SelectionMeter]:
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(padding, with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(meter.see_model).remove)
         for router in routers(model):
             stack.callback(router.register_forward_hook(see).remove)
         for selector in selectors(model):

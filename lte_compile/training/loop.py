@@ -11,6 +11,7 @@ by torchrun or accelerate launch, all processes call it with the same arguments 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -28,7 +29,7 @@ from lte_compile.data.epochs import Batches, endless
 from lte_compile.rewriting.layouts import set_layout
 from lte_compile.routing.router import routers, set_stage
 from lte_compile.running.labels import are_next_tokens, without_labels
-from lte_compile.running.modes import dropout_of
+from lte_compile.running.modes import dropout_of, eval_mode
 from lte_compile.training.budgets import Budgets, budgets_of, lower_logits, lowering_ends
 from lte_compile.training.checkpointing import (
     latest_checkpoint,
@@ -142,7 +143,7 @@ def train(
         batches=batches,
         config=config,
         held_out=held_out,
-        teacher=teacher.eval() if teacher else None,
+        teacher=teacher,
         directory=directory,
         controller=controller_of(config),
         budgets=budgets_of(config),
@@ -156,7 +157,7 @@ def train(
     if not checkpoint:
         torch.manual_seed(config.seed)
         processes.reseed(config.seed, 0)
-    with dropout_of(model, config.dropout):
+    with dropout_of(model, config.dropout), eval_mode(teacher) if teacher else nullcontext():
         for index in range(first_phase, len(phases)):
             resumed = checkpoint if index == first_phase else None
             _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)

@@ -161,6 +161,14 @@ def _drawn(bench: Workbench, name: str, seed: int) -> list[Tensor]:
         return [p.detach().clone() for router in routers(model) for p in router.parameters()]
 
 
+def test_a_ranges_point_does_not_depend_on_the_points_before(bench: Workbench) -> None:
+    at, found = find_method("lte-range").fit(bench), []
+    for density in (0.5, 0.3, 0.5):
+        with at(density) as model:
+            found.append([router.threshold for router in routers(model)])
+    assert found[0] == found[2] != found[1]
+
+
 @pytest.mark.parametrize("tokens", [64, 4096])
 def test_the_sample_for_thresholds_is_of_all_neurons(tokens: int) -> None:
     """4096 tokens of 1536 neurons: every k-th value would be of 16 neurons."""

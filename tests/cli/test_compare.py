@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from lte_compile.comparison.plot import density_plot, tradeoff_plot
 from lte_compile.comparison.run import PointResult, points_of, read_point
-from lte_compile.comparison.table import comparison_rows, markdown
+from lte_compile.comparison.table import Spread, comparison_rows, markdown
 from lte_compile.reports.results import Metric
 from tests.cli.conftest import Run
 
@@ -214,6 +215,13 @@ def test_a_method_of_one_density_has_one_point_and_repeats_count_once() -> None:
     assert [(p.seed, p.method, p.target) for p in points] == [
         (seed, *rest) for seed in range(2) for rest in (("dense", 1.0), ("kla", 0.5), ("kla", 0.3))
     ]
+
+
+def test_a_quality_that_is_infinite_has_no_deviation() -> None:
+    spread = Spread.of([1.0, float("inf")])
+    assert math.isinf(spread.mean)
+    assert spread.deviation is not None
+    assert math.isnan(spread.deviation)
 
 
 def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
