@@ -92,7 +92,7 @@ def learn_from_traces(
 
 
 def _learner(router: R, loss: PredictionLoss[R], rate: float, tokens: int) -> SeeFfn:
-    optimizer = Adam(router.parameters(), lr=rate)
+    optimizer = Adam(router.parameters(), lr=rate, fused=True)  # thousands of small steps: one kernel each
 
     def step(x_TD: Tensor, hidden_TF: Tensor) -> None:
         with torch.enable_grad(), torch.autocast(x_TD.device.type, enabled=False):
