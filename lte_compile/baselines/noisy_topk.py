@@ -67,7 +67,7 @@ def noisy_topk(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
         model = start_with_experts(bench, bench.transform)
-        routed_by(model, NoisyTopKRouter)
+        routed_by(model, NoisyTopKRouter, bench.config.seed)
         set_share(model, density)
         phase = Phase(name=f"noisy top-k at {density:g}", steps=bench.steps, stage=Stage.SOFT, selection=RULE)
         name = f"noisy-topk-{density:g}"

@@ -29,7 +29,7 @@ PredictionLoss: TypeAlias = Callable[[R, Tensor, Tensor], Tensor]  # (router, x 
 RULE = "top_share"
 
 
-def routed_by(model: nn.Module, make: MakeRouter[R], seed: int = 0) -> tuple[R, ...]:
+def routed_by(model: nn.Module, make: MakeRouter[R], seed: int) -> tuple[R, ...]:
     """Put routers from `make(site, config, like)` in the place of LTE's, in a transformed model.
 
     What they draw depends on the seed alone, not on what was run before.

@@ -25,7 +25,7 @@ def random_router(bench: Workbench) -> AtDensity:
     @contextmanager
     def at(density: float) -> Iterator[nn.Module]:
         model = start_with_experts(bench, bench.transform)
-        routed_by(model, _RandomRouters(bench.config.seed))
+        routed_by(model, _random_router, bench.config.seed)
         set_share(model, density)
         phase = Phase(name=f"random router at {density:g}", steps=bench.steps, stage=Stage.HARD, selection=RULE)
         name = f"random-{density:g}"
@@ -37,14 +37,9 @@ def random_router(bench: Workbench) -> AtDensity:
     return at
 
 
-class _RandomRouters:
+def _random_router(site: FfnSite, config: TransformConfig, like: Tensor) -> Router:
     """Normal rows of expected length 1 and no bias, so that every expert is as likely as any other."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, site: FfnSite, config: TransformConfig, like: Tensor) -> Router:
-        router = Router(site, config, like=like)
-        weight_ED = torch.randn(router.weight.shape, generator=self.generator) / site.width**0.5
-        router.load_initial(weight_ED, weight_ED.new_zeros(router.num_experts))
-        return router
+    router = Router(site, config, like=like)
+    weight_ED = torch.randn(router.weight.shape) / site.width**0.5
+    router.load_initial(weight_ED, weight_ED.new_zeros(router.num_experts))
+    return router

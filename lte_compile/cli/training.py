@@ -208,7 +208,7 @@ def kept_options(model: nn.Module, asked: TransformConfig) -> str:
     """How a transformed model's routers differ from those that were asked for, in words."""
     own, now = next(routers(model)).config.to_dict(), asked.to_dict()
     names = ("expert_size", "router", "grouping")
-    return ", ".join(f"{name} is {own[name]}, asked for {now[name]}" for name in names if own[name] != now[name])
+    return ", ".join(f"{name} {own[name]}, not {now[name]}" for name in names if own[name] != now[name])
 
 
 def _finetune(

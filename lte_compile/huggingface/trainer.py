@@ -18,7 +18,7 @@ from lte_compile.routing.router import require_routers, routers, set_stage
 from lte_compile.running.labels import without_labels
 from lte_compile.running.tracing import trace_routers
 from lte_compile.training.config import Gates, TrainConfig
-from lte_compile.training.loop import controller_of
+from lte_compile.training.controller import controller_of
 
 # What only `lte_compile.train` does; asked for here it would have no effect.
 _UNREAD = ("distillation", "layer_distillation", "hold_density", "start_density", "dropout")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lte_compile.training.budgets import NUM_NODES
+from lte_compile.training.config import TrainConfig
 from lte_compile.training.rows import Rows
 
 # Gains of the PI controller on the relative density error, per measurement. Full error gives an eta inside the range
@@ -118,3 +119,10 @@ class Multiplier(DensityController):
 
 def _clamp(eta: float) -> float:
     return max(-MAX_ETA, min(MAX_ETA, eta))
+
+
+def controller_of(config: TrainConfig) -> DensityController:
+    """What sets eta: the density, what it takes to hold one, or the configuration once and for all."""
+    if config.eta is None and config.budget_range is not None:
+        return Multiplier(target=config.target_density)
+    return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)

@@ -41,7 +41,7 @@ from lte_compile.training.checkpointing import (
 )
 from lte_compile.training.checks import as_held_out, check_config, check_phases, check_request
 from lte_compile.training.config import Phase, TrainConfig, lte_phases
-from lte_compile.training.controller import DensityController, Multiplier
+from lte_compile.training.controller import DensityController, controller_of
 from lte_compile.training.distributed import Processes, Replica, join, require_plain
 from lte_compile.training.layer_compilation import Accelerated
 from lte_compile.training.losses import Batch, LossWeights, MicroBatch, micro_batches, weighted_loss
@@ -151,22 +151,27 @@ def train(
         on_step=on_step if processes.is_first else lambda event: None,
         processes=processes,
     )
-    checkpoint = latest_checkpoint(directory) if directory else None
-    first_phase, first_step = _resume(run, phases, checkpoint) if checkpoint else (0, 0)
-    _start_together(run, checkpoint)
-    if not checkpoint:
-        torch.manual_seed(config.seed)
-        processes.reseed(config.seed, 0)
     with dropout_of(model, config.dropout), eval_mode(teacher) if teacher else nullcontext():
-        for index in range(first_phase, len(phases)):
-            resumed = checkpoint if index == first_phase else None
-            _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
+        _run_phases(run, phases)
     if any(phase.trains_routers for phase in phases):
         calibrate(model, held_out, densities=run.budgets.nodes if run.budgets else ())
         processes.agree(model)
     if phases and phases[-1].stage is Stage.HARD:
         set_layout(model, "neuron_major")
     return tuple(run.events)
+
+
+def _run_phases(run: _Run, phases: Sequence[Phase]) -> None:
+    """From the newest checkpoint on, if there is one."""
+    checkpoint = latest_checkpoint(run.directory) if run.directory else None
+    first_phase, first_step = _resume(run, phases, checkpoint) if checkpoint else (0, 0)
+    _start_together(run, checkpoint)
+    if not checkpoint:
+        torch.manual_seed(run.config.seed)
+        run.processes.reseed(run.config.seed, 0)
+    for index in range(first_phase, len(phases)):
+        resumed = checkpoint if index == first_phase else None
+        _run_phase(run, phases, index, first_step if index == first_phase else 0, resumed)
 
 
 def _start_together(run: _Run, checkpoint: Path | None) -> None:
@@ -238,13 +243,6 @@ def _enter(run: _Run, phase: Phase, *, fresh: bool) -> None:
     if fresh and run.budgets and run.draws_budgets(phase):
         run.steering.follow_all(model, run.budgets)
     model.train()
-
-
-def controller_of(config: TrainConfig) -> DensityController:
-    """What sets eta: the density, what it takes to hold one, or the configuration once and for all."""
-    if config.eta is None and config.budget_range is not None:
-        return Multiplier(target=config.target_density)
-    return DensityController(target=config.target_density, eta=config.eta or 0.0, is_fixed=config.eta is not None)
 
 
 def peek_batches(model: nn.Module, batches: Batches, count: int) -> list[Batch]:
