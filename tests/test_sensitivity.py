@@ -112,6 +112,42 @@ def test_at_least_one_batch_and_round(given: dict[str, Any], reason: str) -> Non
         fit_routers_to_effects(model, **{"batches": batches, "density": 0.1, **given})
 
 
+@pytest.mark.parametrize("length", [5, 8])
+def test_pointwise_convolutions_have_their_width_first(length: int) -> None:
+    """Of as many positions as channels too, where either axis would do for the shapes."""
+
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.head = nn.Conv1d(8, 32, 1), nn.Conv1d(32, 8, 1), nn.Conv1d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(x + self.down(torch.relu(self.up(x))))
+            return y
+
+    class Linears(nn.Module):
+        def __init__(self, other: Convolutions) -> None:
+            super().__init__()
+            self.up, self.down, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 3)
+            for mine, its in zip(self.children(), other.children(), strict=True):
+                mine.load_state_dict({name: value.squeeze(-1) for name, value in its.state_dict().items()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(1, 2)
+            y: Tensor = self.head(x + self.down(torch.relu(self.up(x)))).transpose(1, 2)
+            return y
+
+    torch.manual_seed(0)
+    model, x_BDT = Convolutions(), torch.randn(16, 8, length)
+    fitted = []
+    for each in (model, Linears(model)):
+        transform(each, TransformConfig(expert_size=8), x_BDT)
+        fit_routers_to_effects(each, [x_BDT], 0.4)
+        [router] = require_routers(each)
+        fitted.append(router.weight)
+    torch.testing.assert_close(*fitted, rtol=1e-3, atol=1e-4)  # float32 ridge regression of other orders of sums
+
+
 def test_products_of_a_forwards_own_are_refused() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -128,28 +128,26 @@ def compare_methods(settings: CompareSettings) -> Outcome:
 
             return judge
 
-        failure = _run_points(
-            points,
-            settings.out / POINTS,
-            lambda seed: open_workbench(opened, seed),
-            judge_on(test),
-            progress.say,
-            validate=judge_on(data.valid_examples()),
-            wait=settings.wait,
-        )
-    outcome = _report(settings, data, len(test), read_points(settings.out / POINTS))
+        failure: FloatingPointError | None = None
+        try:
+            run_points(
+                points,
+                settings.out / POINTS,
+                lambda seed: open_workbench(opened, seed),
+                judge_on(test),
+                progress.say,
+                validate=judge_on(data.valid_examples()),
+                wait=settings.wait,
+            )
+        except FloatingPointError as error:
+            failure = error
+    results = read_points(settings.out / POINTS)
+    if failure and not results:
+        raise failure
+    outcome = _report(settings, data, len(test), results)
     if failure:
-        raise FloatingPointError(f"{failure}; what the others gave is in {settings.out / 'comparison.md'}")
+        raise FloatingPointError(f"{failure}; what the others gave is in {settings.out / 'comparison.md'}") from failure
     return outcome
-
-
-def _run_points(*arguments: Any, **options: Any) -> str:
-    """`run_points`; returns which methods' losses were not finite, once every other has run."""
-    try:
-        run_points(*arguments, **options)
-    except FloatingPointError as error:
-        return str(error)
-    return ""
 
 
 def _points(settings: CompareSettings) -> tuple[Point, ...]:

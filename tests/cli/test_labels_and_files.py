@@ -136,6 +136,16 @@ def test_a_method_that_diverges_leaves_the_others_table(llama: Path, prose: Path
     assert {row["method"] for row in rows} == {"dense", "kla"}
 
 
+def test_a_common_start_that_diverges_says_so(llama: Path, prose: Path, tmp_path: Path, run: Run) -> None:
+    start = ("--finetune-steps", 4, "--finetune-learning-rate", 1e18)
+    steps = ("--stage1-steps", 2, "--stage2-steps", 0, "--window", 16, "--batch-size", 4, "--expert-size", 8)
+    grid = ("--methods", "kla", "--densities", 0.5, "--out", tmp_path)
+    result = run("compare", llama, "--task", prose, *grid, *steps, *start)
+    assert result.exit_code == 1
+    assert "in fine-tune, step" in " ".join(result.stderr.split())
+    assert not (tmp_path / "comparison.json").exists()
+
+
 def test_a_damaged_point_is_named_before_the_work(llama: Path, prose: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "points").mkdir()
     (tmp_path / "points" / "dense-1-seed0.json").write_text("")
